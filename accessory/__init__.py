@@ -1,0 +1,66 @@
+"""QPEFT: fine-tune LLaMA2-family models on a quantized, frozen base."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Optional, Union
+
+# On import bitsandbytes probes for an optional CPU kernel of its own layer, which is not used here, and complains.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+if TYPE_CHECKING:
+    import torch
+
+    from accessory.config import QuantizationConfig
+    from accessory.models.llama import Llama
+
+__version__ = "0.1.0"
+
+
+def load_model(
+    pretrained_path: Union[str, list[str]],
+    llama_type: Optional[str] = None,
+    llama_config: Union[str, list[str], None] = None,
+    tokenizer_path: Optional[str] = None,
+    quantization: Union[str, "QuantizationConfig"] = "none",
+    device: Union[str, "torch.device"] = "cpu",
+    dtype: Optional["torch.dtype"] = None,
+) -> "Llama":
+    """A base, or a base and trainables, as a model in eval mode.
+
+    pretrained_path: folders, base first; later ones win. llama_type, llama_config, tokenizer_path: unset, they come
+    from the last folder that has them. quantization: "none", "nf4" or a QuantizationConfig. dtype: compute type,
+    torch.float32 unless given. Trainables found in the folders have requires_grad set.
+
+        model(input_ids)                 -> logits, float32 [batch, sequence, vocab]
+        model.generate(["prompt", …])    -> ["answer", …]
+        model.tokenizer                  -> Tokenizer, or None where no folder has one
+
+    Raises accessory.errors.UserError (a ValueError) with one line about what is wrong and what to do.
+    """
+    import torch
+
+    from accessory.assemble import assemble
+    from accessory.config import LlamaType, ModelConfig, QuantizationConfig, QuantMethod
+    from accessory.errors import UserError
+
+    def listed(value: Union[str, list[str], None]) -> list[str]:
+        return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, bytes)) else list(value))]
+
+    try:
+        kind = LlamaType(llama_type or LlamaType.llama_peft)
+    except ValueError:
+        raise UserError(f"llama_type={llama_type!r}: known are {', '.join(t.value for t in LlamaType)}") from None
+    if not isinstance(quantization, QuantizationConfig):
+        try:
+            quantization = QuantizationConfig(method=QuantMethod(quantization))
+        except ValueError:
+            known = ", ".join(method.value for method in QuantMethod)
+            raise UserError(f"quantization={quantization!r}: known are {known}") from None
+    model = ModelConfig(
+        llama_type=kind,
+        llama_config=listed(llama_config),
+        tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
+        pretrained_path=listed(pretrained_path),
+    )
+    return assemble(model, quantization, None, torch.device(device), dtype or torch.float32)

@@ -1,0 +1,115 @@
+"""What a run shows and keeps besides its weights: progress, throughput, memory, curves, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far: of the GPU where there is one, else of this process (RSS)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Throughput(Callback):
+    """Logs tokens/s over all ranks (padding not counted), peak memory and the learning rate with every step."""
+
+    def __init__(self) -> None:
+        self._tokens, self._since = 0, 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    on_validation_end = on_train_epoch_start
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, idx: int) -> None:
+        self._tokens += int(batch["tokens"])
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        now = time.perf_counter()
+        rate = self._tokens * trainer.world_size / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        lr = trainer.optimizers[0].param_groups[-1]["lr"]
+        module.log_dict({"lr": lr, "tokens_per_s": rate, "peak_gib": peak_memory_gib()})
+
+
+class ProgressBar(TQDMProgressBar):
+    """Loss, LR, tokens/s and peak memory in one line, with an ETA over the epoch."""
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
+        shown = {}
+        for name, form in {
+            "loss": "{:.3f}", "lr": "{:.1e}", "tokens_per_s": "{:,.0f} tok/s", "peak_gib": "{:.1f} GiB",
+            "val_loss": "{:.3f}",
+        }.items():  # fmt: skip
+            if name in trainer.callback_metrics:
+                shown[name] = form.format(float(trainer.callback_metrics[name]))
+        return shown
+
+
+class Curves(Callback):
+    """Draws curves.png (loss, validation loss, learning rate) from the CSV log at the end, also of a stopped run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+            draw_curves(self.folder)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, module)
+
+
+def read_series(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column of a run's CSV logs; a resumed run has several, and the later one counts."""
+    points: dict[int, float] = {}
+    for file in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with file.open(newline="") as handle:
+            points |= {int(row["step"]): float(row[name]) for row in csv.DictReader(handle) if row.get(name)}
+    return sorted(points), [points[step] for step in sorted(points)]
+
+
+def draw_curves(folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    steps, losses = read_series(folder, "loss")
+    if not losses:
+        return
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="train (step)")
+    top.plot(steps, smooth(losses), color="tab:blue", label="train (smoothed)")
+    val_steps, val_losses = read_series(folder, "val_loss")
+    if val_losses:
+        top.plot(val_steps, val_losses, "o-", color="tab:orange", label="validation")
+    top.set_ylabel("loss per answer token (nats)")
+    top.legend()
+    top.grid(alpha=0.3)
+    bottom.plot(*read_series(folder, "lr"), color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    bottom.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    out, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(total / norm)
+    return out

@@ -1,0 +1,242 @@
+"""Weights in, trainables out: streaming a base into a model, and saving what trained, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from accessory.bases import META_FILE, OUTPUT, TRAINABLE_FILE, Folder, fingerprint, open_folder
+from accessory.errors import UserError
+from accessory.models.llama import Llama, RMSNorm
+from accessory.models.tokenizer import Tokenizer
+from accessory.quantization import QuantLinear
+from accessory.tuning.recipe import canonical_name, trainable_state
+
+VERSIONED = ("torch", "transformers", "pytorch-lightning", "bitsandbytes", "peft")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_folders(paths: list[str]) -> list[Folder]:
+    """Open every folder of --pretrained_path, base first; refuse an order or a pairing that cannot be meant."""
+    if not paths:
+        raise UserError("--pretrained_path is empty: name the base's folder, then the trainables'")
+    folders = [open_folder(path) for path in paths]
+    if not folders[0].is_base:
+        later = next((folder.path for folder in folders[1:] if folder.is_base), None)
+        recorded = folders[0].meta.get("base", {})
+        hint = recorded.get("path", "its base") if isinstance(recorded, dict) else "its base"
+        raise UserError(
+            f"--pretrained_path: {folders[0].path} holds trainables only, so it cannot come first; give the base first: "
+            f"--pretrained_path {later or hint} {folders[0].path}"
+        )
+    return folders
+
+
+def check_pairing(folders: list[Folder]) -> str:
+    """Trainables belong to the base they were trained on. Returns the base's fingerprint."""
+    base = fingerprint(folders[0])
+    for folder in folders[1:]:
+        if folder.kind != "trainable":
+            continue
+        trained_on = folder.meta.get("base", {})
+        if trained_on and trained_on.get("fingerprint") != base:
+            raise UserError(
+                f"{folder.path} was trained on {trained_on.get('path')} (fingerprint {trained_on.get('fingerprint')}), "
+                f"not on {folders[0].path} (fingerprint {base}); give that base"
+            )
+        digest = folder.meta.get("sha256")
+        if digest and digest != sha256(folder.path / TRAINABLE_FILE):
+            raise UserError(f"{folder.path / TRAINABLE_FILE}: its checksum is not the one in {META_FILE}; it is damaged")
+    return base
+
+
+def load_weights(
+    model: Llama, folders: list[Folder], device: torch.device, dtype: torch.dtype, fresh_trainables: bool
+) -> None:
+    """Stream all folders into `model`, weight by weight; quantized layers quantize each as it arrives, on `device`.
+
+    Later folders win; a diff folder adds to what came before. fresh_trainables: biases and LoRA that no folder holds
+    keep their initial values (training), instead of being an error.
+    """
+    slots = dict(_slots(model, device, dtype))
+    sources = _sources(folders, slots, tied=model.config.tie_word_embeddings)
+    missing = sorted(name for name, (_, _, is_fresh) in slots.items() if name not in sources and not is_fresh)
+    if not fresh_trainables:
+        missing += sorted(name for name, (_, _, is_fresh) in slots.items() if name not in sources and is_fresh)
+    if missing:
+        where = ", ".join(str(folder.path) for folder in folders)
+        raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}")
+    bar = tqdm(sources, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False)
+    for name in bar:
+        shape, store, _ = slots[name]
+        store(_read(name, sources[name], shape))
+    for module in model.modules():  # fresh biases and LoRA, and the rotary frequencies, were made on the CPU
+        if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            module._apply(lambda t: t.to(device), recurse=False)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+Slot = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
+
+
+def _slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+    """name on disk -> (shape, how to store a tensor there, whether training may start without it)."""
+
+    def setter(module: nn.Module, leaf: str, as_dtype: torch.dtype) -> Callable[[Tensor], None]:
+        def store(tensor: Tensor) -> None:
+            value = tensor.to(device=device, dtype=as_dtype, copy=True)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+        return store
+
+    tied = OUTPUT if model.config.tie_word_embeddings else None
+    for path, module in model.named_modules():
+        prefix = canonical_name(path + ".").removesuffix(".")
+        if isinstance(module, QuantLinear):
+            # Quantized on the device that will use it, from the values as stored, so the result does not depend on
+            # the compute type.
+            yield f"{prefix}.weight", (module.shape, lambda t, m=module: m.load_weight(t.to(device)), False)
+            if module.bias is not None:
+                store = lambda t, m=module: m.load_bias(t.to(device))  # noqa: E731
+                yield f"{prefix}.bias", ((module.out_features,), store, not module.bias.is_meta)
+        elif isinstance(module, LoraLayer):
+            for matrix in ("lora_A", "lora_B"):
+                inner = getattr(module, matrix)["default"]
+                shape = tuple(inner.weight.shape)
+                yield f"{prefix}.{matrix}.weight", (shape, setter(inner, "weight", torch.float32), True)
+        elif isinstance(module, RMSNorm):
+            yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", torch.float32), False)
+        elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.weight.is_meta):
+            if f"{prefix}.weight" != tied:
+                yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", dtype), False)
+
+
+def _sources(folders: list[Folder], slots: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
+    """For each name the folders whose values add up to it: the last plain one, then the diffs after it."""
+    sources: dict[str, list[Folder]] = {}
+    for folder in folders:
+        for name in folder.names:
+            if name not in slots:
+                if tied and name == OUTPUT:
+                    continue
+                raise UserError(f"{folder.path}: {name} fits nowhere in this model{_why_unfit(name)}")
+            is_diff = folder.kind == "accessory_diff" and name in sources
+            sources[name] = [*sources[name], folder] if is_diff else [folder]
+    order = {name: i for i, name in enumerate(slots)}
+    return dict(sorted(sources.items(), key=lambda item: order[item[0]]))
+
+
+def _why_unfit(name: str) -> str:
+    if ".lora_" in name:
+        return "; it holds LoRA: choose recipe=norm_bias_lora, bias_lora or lora"
+    if name.endswith(".bias"):
+        return "; it holds biases: choose recipe=norm_bias, norm_bias_lora or bias_lora"
+    return " (another architecture or size?)"
+
+
+def _read(name: str, sources: list[Folder], shape: tuple[int, ...]) -> Tensor:
+    tensors = []
+    for folder in sources:
+        tensor = folder.tensor(name)
+        if tuple(tensor.shape) != shape:
+            found = list(tensor.shape)
+            raise UserError(f"{folder.path}: {name} has shape {found}, the model wants {list(shape)}: another model's?")
+        tensors.append(tensor)
+    return tensors[0] if len(tensors) == 1 else torch.stack([t.float() for t in tensors]).sum(0)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `target` in one step, or never existed."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        _fsync(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _fsync(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _disk_error(error, target) from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_error(error: OSError, target: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(target.parent).free / 2**20
+        return UserError(f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{target} cannot be written: {error.strerror}")
+    return error
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def save_trainable(
+    model: Llama, folder: Path, meta: dict[str, Any], config_yaml: str, tokenizer: Optional[Tokenizer]
+) -> None:
+    """Write trainable.safetensors (fp32), meta.json, config.yaml and the tokenizer into `folder`, atomically.
+
+    Other files of `folder` (logs, curves, checkpoints) stay. meta: what meta.json says besides versions and checksum.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder / "result") as partial:
+        save_file(trainable_state(model), partial / TRAINABLE_FILE, metadata={"format": "pt"})
+        os.chmod(partial / TRAINABLE_FILE, 0o644)  # safetensors makes it private to its owner
+        content = meta | {"versions": versions(), "sha256": sha256(partial / TRAINABLE_FILE)}
+        (partial / META_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / "config.yaml").write_text(config_yaml)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+    # The trainables move last: where they stand, all that describes them stands too.
+    for path in sorted((folder / "result").iterdir(), key=lambda p: p.name == TRAINABLE_FILE):
+        os.replace(path, folder / path.name)
+    (folder / "result").rmdir()

@@ -1,0 +1,287 @@
+"""The typed configuration of a run: Hydra composes it, `to_config` turns it into these dataclasses.
+
+Each field's meaning stands under the field; `--help` prints exactly that text. Checks that need more than one field
+live in `Config.__post_init__` and report all problems at once, before anything is read or allocated.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from accessory.errors import UserError
+
+
+class LlamaType(str, Enum):
+    llama = "llama"
+    llama_peft = "llama_peft"
+    llama_qformerv2_peft = "llama_qformerv2_peft"
+
+
+class Precision(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    tf32 = "tf32"
+
+
+class QuantMethod(str, Enum):
+    none = "none"
+    nf4 = "nf4"
+
+
+class DataParallel(str, Enum):
+    sdp = "sdp"
+    fsdp = "fsdp"
+
+
+class PromptType(str, Enum):
+    alpaca = "alpaca"
+    shortqa = "shortqa"
+    qg = "qg"
+    caption = "caption"
+    none = "None"
+    chat = "chat"
+
+
+class LoggerName(str, Enum):
+    csv = "csv"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+@dataclass
+class ModelConfig:
+    llama_type: LlamaType = LlamaType.llama_peft
+    """llama_peft (or llama): language only; llama_qformerv2_peft: with BLIP-2's Q-Former in front."""
+    llama_config: list[str] = field(default_factory=list)
+    """JSON files whose union describes the model (Meta's params.json, LoRA settings); later files win."""
+    tokenizer_path: Optional[str] = None
+    """tokenizer.model (sentencepiece) or a Hugging Face folder; unset: the last pretrained folder that has one."""
+    pretrained_path: list[str] = MISSING
+    """Checkpoint folders, base first: Hugging Face, Meta, LLaMA2-Accessory or our trainables; later ones win."""
+    pretrained_type: Optional[str] = None
+    """Ignored: the format of a folder is recognised by its files."""
+    visual: bool = True
+    """Build the vision part where the llama_type has one (--no_visual: leave it out)."""
+
+
+@dataclass
+class QuantizationConfig:
+    method: QuantMethod = QuantMethod.none
+    """none: frozen linears stay in 16 bit; nf4: 4-bit NormalFloat through bitsandbytes."""
+    blocksize: int = 64
+    """Weights that share one scale (NF4)."""
+    double_quant: bool = True
+    """Quantize the scales too (QLoRA, arXiv:2305.14314, section 3): 4.127 instead of 4.5 bits a weight."""
+    lm_head: bool = False
+    """Quantize the output layer as well, as LLaMA2-Accessory did; costs quality, saves little."""
+
+
+@dataclass
+class RecipeConfig:
+    name: str = "norm_bias"
+    """The recipe's name, for logs and metadata."""
+    norm: bool = True
+    """Train the weights of the norms."""
+    bias: bool = True
+    """Train a bias on every linear of the decoder blocks (added as zeros where the base has none)."""
+    lora: bool = False
+    """Train LoRA matrices (arXiv:2106.09685) on the linears of the decoder blocks."""
+    rank: int = 16
+    """LoRA rank."""
+    alpha: Optional[float] = None
+    """LoRA alpha; the update is scaled by alpha / rank. Unset: alpha = rank, a scale of 1."""
+    dropout: float = 0.0
+    """Dropout on the input of LoRA."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linears of a block that get LoRA, by name. One that matches nothing is an error."""
+
+
+@dataclass
+class DataConfig:
+    data_config: str = MISSING
+    """Data YAML: a list META of {path, type, preprocess, prompt_type}."""
+    val_config: Optional[str] = None
+    """Data YAML of the validation split; unset: val_fraction of the training data."""
+    val_fraction: float = 0.01
+    """Share of the training data held out for validation when val_config is unset (0: none)."""
+    dialog: bool = False
+    """Items are conversations: {"conversations": [{"from": "human", "value": …}, …]}."""
+    max_words: int = 512
+    """Longest sequence in tokens, image tokens included; longer items are cut and reported."""
+    packing: bool = False
+    """Pack several items into one row of max_words tokens; attention stays inside each item."""
+    prompt_type: Optional[PromptType] = None
+    """Prompt of data files that name none in the YAML: alpaca (default), shortqa, qg, caption, None, chat."""
+    image_transform: str = "random_resized_crop"
+    """random_resized_crop, resized_center_crop or padded_resize (multimodal only)."""
+    cache_dir: Optional[str] = None
+    """Where tokenized data is kept (memory-mapped); unset: ~/.cache/accessory."""
+    cache_ann_on_disk: bool = False
+    """Accepted for LLaMA2-Accessory's commands; data is always cached on disk and memory-mapped."""
+    num_workers: int = 2
+    """Processes that prepare batches."""
+    pin_mem: bool = True
+    """Pin host memory for the copy to the GPU."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-4
+    """Learning rate after warmup (AdamW, betas 0.9 and 0.95)."""
+    min_lr: float = 5e-5
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.02
+    """Weight decay of the LoRA matrices; norms and biases never decay."""
+    warmup_epochs: float = 0.1
+    """Epochs (fractions allowed) of linear warmup."""
+    clip_grad: float = 2.0
+    """Largest norm of the gradient; 0 or less: no clipping."""
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int = -1
+    """Stop after this many optimizer steps (-1: run all epochs); the schedule then ends there."""
+    batch_size: int = 4
+    """Rows per device and micro-batch. Effective batch: batch_size x accum_iter x devices."""
+    accum_iter: int = 1
+    """Micro-batches per optimizer step; changes memory, not the result."""
+    precision: Precision = Precision.bf16
+    """Compute type: bf16, fp16 or tf32 (fp32 with TF32 matmuls). Trainables are fp32 in each."""
+    checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    compile: Optional[bool] = None
+    """Compile the decoder blocks with torch.compile; unset: yes on CUDA, no on a CPU."""
+    val_interval: float = 1.0
+    """Epochs between validations (0.25: four an epoch)."""
+
+
+@dataclass
+class SaveConfig:
+    epoch_interval: int = 1
+    """Epochs between checkpoints."""
+    step_interval: int = 5000
+    """Optimizer steps between checkpoints within an epoch."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed once a newer one is whole."""
+
+
+@dataclass
+class StrategyConfig:
+    data_parallel: DataParallel = DataParallel.sdp
+    """sdp: the frozen base on every rank, trainables all-reduced; fsdp: the base sharded over the ranks."""
+    model_parallel_size: int = 1
+    """Only 1: tensor parallelism is replaced by data_parallel=fsdp."""
+
+
+@dataclass
+class LoggerConfig:
+    name: LoggerName = LoggerName.csv
+    """csv, wandb or tensorboard; a CSV log is always written as well."""
+    project: str = "accessory"
+    """Project name at wandb."""
+    offline: bool = False
+    """wandb without network; `wandb sync` uploads later."""
+    log_every_n_steps: int = 1
+    """Optimizer steps between logged points."""
+
+
+@dataclass
+class Config:
+    output_dir: str = "output_dir"
+    """Folder of this run: trainables, checkpoints, logs, curves."""
+    seed: int = 0
+    """Seed of LoRA's initialisation, dropout and data order."""
+    only_save_trainable: bool = False
+    """Save the trainables only (needed with quantization); otherwise a merged 16-bit model is saved too."""
+    resume: Optional[str] = None
+    """Checkpoint folder to continue from; unset: the newest whole one of output_dir, if any."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        if self.strategy.model_parallel_size != 1:
+            raise UserError(
+                f"--model_parallel_size {self.strategy.model_parallel_size}: tensor parallelism is not offered; "
+                "use --data_parallel fsdp, which shards the frozen base over the ranks"
+            )
+        problems = [message for wrong, message in self._checks() if wrong]
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _checks(self) -> list[tuple[bool, str]]:
+        quantized = self.quantization.method is not QuantMethod.none
+        train, optim, recipe, data, save = self.train, self.optim, self.recipe, self.data, self.save
+        return [
+            (
+                quantized and not self.only_save_trainable,
+                f"quantization={self.quantization.method.value} (--quant) needs --only_save_trainable: "
+                "a 4-bit base cannot take the update without losing it",
+            ),
+            (not (recipe.norm or recipe.bias or recipe.lora), f"recipe {recipe.name!r} trains nothing"),
+            (recipe.rank < 1, f"recipe.rank={recipe.rank}: must be at least 1"),
+            (not 0 <= recipe.dropout < 1, f"recipe.dropout={recipe.dropout}: must be in [0, 1)"),
+            (train.batch_size < 1, f"--batch_size {train.batch_size}: must be at least 1"),
+            (train.accum_iter < 1, f"--accum_iter {train.accum_iter}: must be at least 1"),
+            (train.epochs < 1, f"--epochs {train.epochs}: must be at least 1"),
+            (train.val_interval <= 0, f"train.val_interval={train.val_interval}: must be above 0"),
+            (optim.lr <= 0, f"--lr {optim.lr}: must be above 0"),
+            (optim.min_lr < 0, f"--min_lr {optim.min_lr}: must not be negative"),
+            (optim.warmup_epochs < 0, f"--warmup_epochs {optim.warmup_epochs}: must not be negative"),
+            (data.max_words < 2, f"--max_words {data.max_words}: must be at least 2"),
+            (not 0 <= data.val_fraction < 1, f"data.val_fraction={data.val_fraction}: must be in [0, 1)"),
+            (save.epoch_interval < 1, f"--save_interval {save.epoch_interval}: must be at least 1"),
+            (save.step_interval < 1, f"--save_iteration_interval {save.step_interval}: must be at least 1"),
+            (save.keep < 1, f"save.keep={save.keep}: must be at least 1"),
+        ]
+
+
+def to_typed(node: DictConfig, schema: type = Config) -> Any:
+    """Hydra's composed node -> typed `schema`; a missing or ill-typed value becomes one line."""
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        names = ", ".join(f"--{key.rsplit('.', 1)[-1]} ({key})" for key in missing)
+        raise UserError(f"not set: {names}; give the flag or the override key=value")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        node.target.id: inspect.cleandoc(after.value.value)
+        for node, after in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+
+
+def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(key, default, meaning) of every setting below `cls`, in the order of the source."""
+    rows = []
+    for item in fields(cls):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if is_dataclass(default):
+            rows += describe(type(default), f"{prefix}{item.name}.")
+        else:
+            rows.append((prefix + item.name, default, field_docs(cls)[item.name]))
+    return rows

@@ -1,0 +1,16 @@
+"""The one exception for what a user can mend. Entry points print it as a line and exit with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input: the message says what, where, the value, and what to do. Never wraps a bug of ours."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)' for the nearest known word, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,154 @@
+"""Results for other programs: a plain Hugging Face model in 16 bit, or a PEFT adapter.
+
+Merging goes into the *dequantized* base, which the trainables were trained on, and never back into 4 bit, where the
+update would vanish.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from accessory.bases import CONFIG_FILE
+from accessory.checkpoint import atomic_folder
+from accessory.errors import UserError
+from accessory.models.llama import Llama, RMSNorm
+from accessory.quantization import QuantLinear, block_linears, linear_weight
+from accessory.tuning.recipe import canonical_name, trainable_state
+
+SHARD_BYTES = 4 * 2**30
+ADAPTER_PREFIX = "base_model.model."
+
+
+def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write config.json, *.safetensors and the tokenizer: AutoModelForCausalLM.from_pretrained loads it.
+
+    Norms, biases and merged LoRA included; biases become the model's own (attention_bias, mlp_bias). Tensor by tensor,
+    so memory needs one shard on top of the model.
+    """
+    config = _export_config(model, dtype)
+    with atomic_folder(folder) as partial:
+        shards: list[list[str]] = []
+        pending: dict[str, Tensor] = {}
+        for name, tensor in _export_tensors(model, config, dtype):
+            if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > SHARD_BYTES:
+                _flush(pending, partial, shards)
+            pending[name] = tensor
+        _flush(pending, partial, shards)
+        _name_shards(partial, shards)
+        config.save_pretrained(partial)
+        if model.tokenizer is not None:
+            model.tokenizer.save(partial)
+
+
+def _export_config(model: Llama, dtype: torch.dtype) -> LlamaConfig:
+    biased = {path.split(".")[-1] for path, layer in block_linears_by_name(model).items() if layer.bias is not None}
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config.attention_bias = bool(biased & {"q_proj", "k_proj", "v_proj", "o_proj"})
+    config.mlp_bias = bool(biased & {"gate_proj", "up_proj", "down_proj"})
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = dtype
+    if model.tokenizer is not None:
+        config.bos_token_id, config.eos_token_id = model.tokenizer.bos_id, model.tokenizer.eos_id
+    return config
+
+
+def block_linears_by_name(model: nn.Module) -> dict[str, QuantLinear]:
+    return {canonical_name(f"{path}.").removesuffix("."): layer for path, layer in block_linears(model).items()}
+
+
+def merged_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """dq(W) + scaling * B A of a linear with LoRA, computed in fp32; dq(W) of one without."""
+    if not isinstance(layer, LoraLayer):
+        return linear_weight(layer, dtype)
+    weight = layer.base_layer.dequantize(torch.float32)
+    for name in layer.active_adapters:
+        weight += layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+    return weight.to(dtype)
+
+
+def _export_tensors(model: Llama, config: LlamaConfig, dtype: torch.dtype):
+    def ready(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype).contiguous()
+
+    done: set[int] = set()
+    for path, module in model.named_modules():
+        name = canonical_name(f"{path}.").removesuffix(".")
+        if isinstance(module, (RMSNorm, nn.Embedding)):
+            yield f"{name}.weight", ready(module.weight)
+        elif isinstance(module, LoraLayer) or (isinstance(module, QuantLinear) and id(module) not in done):
+            base = module.base_layer if isinstance(module, LoraLayer) else module
+            done.add(id(base))
+            yield f"{name}.weight", ready(merged_weight(module, dtype))
+            wants_bias = config.attention_bias if ".self_attn." in name else config.mlp_bias and ".mlp." in name
+            if wants_bias:
+                yield f"{name}.bias", ready(base.bias if base.bias is not None else torch.zeros(base.out_features))
+        elif module is model.lm_head and not config.tie_word_embeddings:
+            yield f"{name}.weight", ready(linear_weight(module, dtype))
+
+
+def _flush(pending: dict[str, Tensor], folder: Path, shards: list[list[str]]) -> None:
+    save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+    shards.append(list(pending))
+    pending.clear()
+
+
+def _name_shards(folder: Path, shards: list[list[str]]) -> None:
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def export_peft(model: Llama, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors: PeftModel.from_pretrained loads them on the base.
+
+    A PEFT adapter can hold LoRA matrices and retrained norms (as modules_to_save), but no bias on a linear that has none.
+    """
+    biased = [path for path, layer in block_linears_by_name(model).items() if layer.bias is not None]
+    state = trainable_state(model)
+    if any(name.endswith(".bias") for name in state):
+        raise UserError(
+            f"a PEFT adapter cannot add biases ({biased[0]} has one); export --format hf instead, or train recipe=lora"
+        )
+    loras = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if not loras:
+        raise UserError("no LoRA in this model, so there is no adapter to export; export --format hf instead")
+    first = next(iter(loras.values()))
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.base["path"],
+        "r": first.r["default"],
+        "lora_alpha": first.lora_alpha["default"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in loras}),
+        "inference_mode": True,
+    }
+    with atomic_folder(folder) as partial:
+        adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in state.items()}
+        save_file(adapter, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / "adapter_config.json").write_text(json.dumps(content, indent=2))
+        if model.tokenizer is not None:
+            model.tokenizer.save(partial)
+
+
+def check_target(folder: Path) -> None:
+    """An export never overwrites a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        kind = "model" if (folder / CONFIG_FILE).is_file() else "something"
+        raise UserError(f"--output_dir {folder}: holds {kind} already; choose another, or remove it")

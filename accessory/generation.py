@@ -1,0 +1,137 @@
+"""Answers: greedy or nucleus sampling with a KV cache, batched prompts padded on the left, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from accessory.errors import UserError
+from accessory.models.llama import Llama
+
+
+class KVCache:
+    """Keys and values of all layers, [b, k, capacity, e] each, written in place."""
+
+    def __init__(self, model: Llama, batch: int, capacity: int):
+        config = model.config
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=model.device, dtype=model.dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # positions filled before the current forward pass
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key and value [b, k, s, e]; returns all so far, [b, k, length + s, e]."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator] = None) -> Tensor:
+    """logits: float [b, v] -> token ids int64 [b]. temperature 0: argmax; otherwise from the smallest set of tokens whose
+    probability reaches top_p (nucleus sampling, arXiv:1904.09751)."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    ordered, index = probabilities.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
+    drawn = torch.multinomial(ordered, 1, generator=generator)  # normalises by itself
+    return index.gather(-1, drawn).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, stop: set[int]
+) -> Iterator[Tensor]:
+    """Yields the next token of every prompt, int64 [b], until each has met a token of `stop` (yielded too) or
+    max_new_tokens are out; after its stop token a prompt yields stop tokens."""
+    batch, longest = len(prompts), max(map(len, prompts))
+    pad = torch.tensor([longest - len(ids) for ids in prompts], device=model.device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+    cache = KVCache(model, batch, longest + max_new_tokens)
+    places = torch.arange(longest + max_new_tokens, device=model.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=model.device)
+    stops = torch.tensor(sorted(stop), device=model.device)
+    step = ids
+    for _ in range(max_new_tokens):
+        start, end = cache.length, cache.length + step.shape[1]
+        position_ids = (places[start:end] - pad[:, None]).clamp(min=0)
+        # Without padding, causal attention needs no mask, and the fast kernels take none.
+        mask = _mask(places[start:end], places[:end], pad) if pad.any() else None
+        hidden = model.model(model.model.embed_tokens(step), position_ids, mask, cache)
+        cache.length = end
+        token = sample(model.lm_head(hidden[:, -1]).float(), temperature, top_p)
+        token = torch.where(done, stops[0], token)
+        yield token
+        done |= torch.isin(token, stops)
+        if done.all():
+            return
+        step = token[:, None]
+
+
+def _mask(queries: Tensor, keys: Tensor, pad: Tensor) -> Tensor:
+    """bool [b, 1, queries, keys]: causal, and not into the padding; a padding row may see itself, so that its softmax
+    is not over nothing."""
+    causal = keys[None, :] <= queries[:, None]
+    real = keys[None, None, :] >= pad[:, None, None]
+    itself = keys[None, :] == queries[:, None]
+    return ((causal & real) | itself).unsqueeze(1)
+
+
+def stop_ids(model: Llama) -> set[int]:
+    """Tokens that end an answer: the tokenizer's EOS and those the model's config names."""
+    named = model.config.eos_token_id
+    listed = named if isinstance(named, list) else [named]
+    return {i for i in (*listed, model.tokenizer.eos_id) if i is not None}
+
+
+def _encode(model: Llama, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer; load it with tokenizer_path to use text")
+    limit = model.config.max_position_embeddings
+    encoded = []
+    for prompt in prompts:
+        writes_bos = tokenizer.bos_text is not None and prompt.startswith(tokenizer.bos_text)  # a chat template did
+        ids = tokenizer.encode(prompt, bos=not writes_bos, eos=False)
+        if len(ids) + max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
+                "shorten one of them"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature: float, top_p: float) -> list[str]:
+    """Answers to a batch of prompts, without the prompts."""
+    if isinstance(prompts, str):
+        raise UserError("generate() takes a list of prompts")
+    if not prompts:
+        return []
+    stop = stop_ids(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    for tokens in generate_ids(model, _encode(model, prompts, max_new_tokens), max_new_tokens, temperature, top_p, stop):
+        for i, token in enumerate(tokens.tolist()):
+            finished[i] = finished[i] or token in stop
+            if not finished[i]:
+                answers[i].append(token)
+    return [model.tokenizer.decode(ids) for ids in answers]
+
+
+def stream(model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
+    """The growing answer to one prompt; a character whose bytes are not all there yet is held back."""
+    stop, answer = stop_ids(model), []
+    for tokens in generate_ids(model, _encode(model, [prompt], max_new_tokens), max_new_tokens, temperature, top_p, stop):
+        token = int(tokens[0])
+        if token in stop:
+            break
+        answer.append(token)
+        text = model.tokenizer.decode(answer)
+        if not text.endswith("\ufffd"):
+            yield text
+    yield model.tokenizer.decode(answer)

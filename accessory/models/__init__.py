@@ -1,0 +1,90 @@
+"""From a description of the architecture to modules on the meta device; weights come later, one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from accessory.errors import UserError, suggest
+from accessory.models.llama import Llama
+
+# LLaMA2-Accessory's ModelArgs. The last four say what trains, not what the model is: the recipe owns those.
+PARAMS = {
+    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": None, "vocab_size": -1, "multiple_of": 256,
+    "ffn_dim_multiplier": None, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 2048, "rope_scaling": None,
+    "max_batch_size": 32, "lora_rank": -1, "bias_tuning": True, "norm_tuning": True,
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one clear line about what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def hidden_size_of_mlp(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's rule for the width of the feed-forward layer: 8/3 of dim, stretched, rounded up to multiple_of."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * math.ceil(hidden / multiple_of)
+
+
+def config_from_params(params: dict[str, Any], vocab_size: int, source: str) -> LlamaConfig:
+    """Meta's / LLaMA2-Accessory's params.json -> transformers' LlamaConfig.
+
+    vocab_size: rows of the embedding, used where params.json says -1 (Meta's files do).
+    """
+    for key in params:
+        if key not in PARAMS:
+            raise UserError(f"{source}: unknown key {key!r}{suggest(key, PARAMS)}; known: {', '.join(PARAMS)}")
+    p = {**PARAMS, **params}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(p["rope_theta"])}
+    if p["rope_scaling"] is not None:  # positions are multiplied by it; transformers divides by its factor
+        rope |= {"rope_type": "linear", "factor": 1.0 / float(p["rope_scaling"])}
+    if p["dim"] % p["n_heads"]:
+        raise UserError(f"{source}: dim={p['dim']} is not a multiple of n_heads={p['n_heads']}")
+    return LlamaConfig(
+        vocab_size=p["vocab_size"] if p["vocab_size"] > 0 else vocab_size,
+        hidden_size=p["dim"],
+        intermediate_size=hidden_size_of_mlp(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"]),
+        num_hidden_layers=p["n_layers"],
+        num_attention_heads=p["n_heads"],
+        num_key_value_heads=p["n_kv_heads"] or p["n_heads"],
+        rms_norm_eps=p["norm_eps"],
+        rope_parameters=rope,
+        max_position_embeddings=p["max_seq_len"],
+        tie_word_embeddings=False,
+        bos_token_id=None,  # the tokenizer's business
+        eos_token_id=None,
+    )
+
+
+def config_from_hf(path: Path) -> LlamaConfig:
+    """A Hugging Face config.json -> LlamaConfig; other architectures are refused."""
+    content = read_json(path)
+    if content.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type={content.get('model_type')!r}; only 'llama' is supported")
+    if content.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act={content['hidden_act']!r}; only 'silu' is supported")
+    return LlamaConfig.from_dict(content)
+
+
+def build_model(config: LlamaConfig) -> Llama:
+    """The architecture on the meta device, in eval mode: shapes without memory."""
+    with torch.device("meta"):
+        return Llama(config).eval()

@@ -1,0 +1,175 @@
+"""LLaMA, read from top to bottom: embedding -> blocks of (norm, attention, norm, SwiGLU) -> norm -> logits.
+
+Plain modules with Hugging Face's layout and names, so that a checkpoint's key is a module's path. Nothing here knows of
+quantization or of what trains: `accessory.quantization` replaces the linears, `accessory.tuning` marks parameters.
+
+Shapes: b batch, s sequence, d hidden size, h heads, k key/value heads, e head dimension, v vocabulary.
+The order of roundings in 16 bit follows transformers' LLaMA, so exported models give the same logits there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+
+class Cache(Protocol):
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv:1910.07467); statistics in fp32, the product in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv:2104.09864) in the halves layout. x: [b, h, s, e]; cos, sin: [b, 1, s, e]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = (
+            proj(x).view(b, s, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if self.groups > 1:
+            # Repeated, not enable_gqa: with a mask, that option falls back to the slow kernel that holds [h, s, s].
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and s > 1)
+        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Optional[Tensor] = None, cache: Optional[Cache] = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        with torch.device("cpu"):  # computed, not loaded: on the meta device its values would be lost
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.checkpointing = False
+
+    def forward(
+        self, embeds: Tensor, position_ids: Tensor, mask: Optional[Tensor] = None, cache: Optional[Cache] = None
+    ) -> Tensor:
+        """embeds: [b, s, d]; position_ids: int64 [b, s]; mask: bool, broadcastable to [b, h, s, keys], True may attend
+        (None: causal) -> normed hidden states [b, s, d]."""
+        cos, sin = self.rotary_emb(embeds, position_ids)
+        rope = cos.unsqueeze(1), sin.unsqueeze(1)
+        x = embeds
+        for block in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model that users hold: logits, generation and its tokenizer."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tokenizer: Any = None
+        self.base: dict[str, str] = {}  # path and fingerprint of the weights
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type: activations have the embedding's dtype."""
+        return self.model.embed_tokens.weight.dtype
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Optional[Tensor] = None, mask: Optional[Tensor] = None
+    ) -> Tensor:
+        """input_ids: int64 [b, s] -> [b, s, d], before the output layer."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return self.model(self.model.embed_tokens(input_ids), position_ids, mask)
+
+    def forward(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
+        """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
+        if images is not None:
+            raise ValueError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")
+        return self.lm_head(self.hidden_states(input_ids)).float()
+
+    def generate(
+        self,
+        prompts: list[str],
+        images: Optional[list] = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+    ) -> list[str]:
+        """Answers, without the prompts; temperature 0 is greedy, otherwise nucleus sampling with top_p."""
+        from accessory.generation import generate
+
+        if images is not None and any(image is not None for image in images):
+            raise ValueError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")
+        return generate(self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

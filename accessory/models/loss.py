@@ -1,0 +1,47 @@
+"""Cross-entropy of a frozen output layer, without ever holding the logits of all tokens.
+
+    loss = sum_i  logsumexp(W h_i) - (W h_i)[t_i]          d loss / d h_i = (softmax(W h_i) - e_{t_i}) W
+
+Only tokens with a target are projected, CHUNK at a time; since W is frozen, the gradient of h is all that backward
+needs, and it is computed in forward, where the chunk's logits are at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 1024  # tokens; with 32,000 words the fp32 logits of a chunk take 131 MB
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = F.linear(hidden[chunk], weight).float()
+            total += F.cross_entropy(logits, targets[chunk], reduction="sum")
+            if gradient is not None:
+                probabilities = logits.softmax(-1)
+                probabilities[torch.arange(len(logits), device=logits.device), targets[chunk]] -= 1
+                gradient[chunk] = probabilities.to(hidden.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden: [b, s, d]; weight: [v, d], frozen; targets: int64 [b, s], -100 ignored -> fp32 sum over the targets."""
+    assert not weight.requires_grad
+    counted = targets != -100
+    return _FrozenHeadLoss.apply(hidden[counted], weight, targets[counted])

@@ -1,0 +1,105 @@
+"""The training step: a micro-batch in, its share of the global batch's mean loss out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from accessory.config import OptimConfig
+from accessory.data.packing import block_diagonal_mask
+from accessory.errors import UserError
+from accessory.models.llama import Llama
+from accessory.models.loss import summed_cross_entropy
+from accessory.optim import make_optimizer, make_scheduler
+from accessory.quantization import linear_weight
+from accessory.tuning.recipe import canonical_name, trainable_state
+
+
+def batch_loss(model: Llama, batch: dict[str, Any]) -> Tensor:
+    """Summed cross-entropy of a micro-batch's answer tokens, fp32 []."""
+    segments = batch.get("segment_ids")
+    mask = None if segments is None else block_diagonal_mask(segments)
+    hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], mask)
+    return summed_cross_entropy(hidden, linear_weight(model.lm_head, hidden.dtype), batch["targets"])
+
+
+class FinetuneModule(LightningModule):
+    """Trains what `model` marks as trainable; its checkpoint state is the trainables alone."""
+
+    def __init__(self, model: Llama, config: OptimConfig, steps_per_epoch: int, epochs: float):
+        super().__init__()
+        self.model, self.config = model, config
+        self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
+        self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
+        self._validation = torch.zeros(2, dtype=torch.float64)
+
+    def train(self, mode: bool = True) -> "FinetuneModule":
+        """Frozen parts stay in eval mode; only LoRA's dropout knows training."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if module is not self and "lora_dropout" not in name:
+                module.training = False
+        return self
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
+        ranks, so the share of this micro-batch is multiplied by both."""
+        share = batch_loss(self.model, batch) / batch["answer_tokens"]
+        self._micro.append((share.detach(), batch["items"]))
+        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+        """Clip; and stop before the update where loss or gradient is not finite."""
+        limit = self.config.clip_grad if self.config.clip_grad > 0 else math.inf
+        trainables = [p for p in self.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
+        loss = torch.stack([loss for loss, _ in self._micro]).sum()
+        if not torch.isfinite(loss + norm):
+            self._stop_non_finite(norm)
+        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
+        self.log_dict({"loss": loss, "grad_norm": norm}, prog_bar=True)
+        self._micro.clear()
+
+    def _stop_non_finite(self, norm: Tensor) -> None:
+        bad = [items for loss, items in self._micro if not torch.isfinite(loss)]
+        items = sorted(i for part in (bad or [items for _, items in self._micro]) for i in part)
+        what = "loss" if bad else f"gradient (norm {norm.item()})"
+        raise UserError(
+            f"step {self.global_step + 1}: the {what} is not finite; stopped before the update. Items of that step on "
+            f"rank {self.global_rank} (numbers within the training split): {items}. Lower --lr, or look at these items"
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        tokens = (batch["targets"] != -100).sum().item()
+        self._validation += torch.tensor([batch_loss(self.model, batch).item(), tokens], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        """Token-weighted mean over the whole split."""
+        total = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum")
+        loss = (total[0] / total[1].clamp(min=1)).float()
+        self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = make_optimizer(self.model, self.config)
+        scheduler = make_scheduler(optimizer, self.config, self.steps_per_epoch, self.epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        return trainable_state(self.model)
+
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Optional[Any]:
+        trainables = {canonical_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        if trainables.keys() != state.keys():
+            odd = sorted(trainables.keys() ^ state.keys())[0]
+            raise UserError(f"checkpoint and recipe disagree on what trains: {odd} is in only one of them")
+        with torch.no_grad():
+            for name, parameter in trainables.items():
+                parameter.copy_(state[name])
+        return None

@@ -1,0 +1,110 @@
+"""QuantLinear: one frozen linear for every way of storing its weight.
+
+    forward   y = x @ dq(W)^T + bias          backward   dx = dy @ dq(W),   dbias = sum over tokens of dy (fp32)
+
+Neither needs x or y: nothing but the packed weight, which exists anyway, is kept for backward. The weight is
+dequantized twice rather than held once in 16 bit. The libraries' own layers each break one of these promises: see
+bitsandbytes' in-place cast of a trainable bias, or AutoRound's 16-bit weight in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Backend(Protocol):
+    """A storage format. Stateless: all state is in the payload tensors, all settings in the instance."""
+
+    name: str
+    payload_names: tuple[str, ...]
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """weight: float [out_features, in_features] -> payload, in the order of payload_names."""
+
+    def dequantize(self, payload: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """payload -> weight of `shape` in `dtype`."""
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], backend: Backend, shape: tuple[int, int], *payload: Tensor):
+        ctx.backend, ctx.shape, ctx.has_bias = backend, shape, bias is not None
+        ctx.save_for_backward(*payload)
+        weight = backend.dequantize(payload, shape, x.dtype)
+        return F.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ctx.backend.dequantize(ctx.saved_tensors, ctx.shape, dy.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[1]:
+            dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32)
+        return dx, dbias, None, None, *(None for _ in ctx.saved_tensors)
+
+
+class QuantLinear(nn.Module):
+    """Frozen linear with `backend`'s storage; `bias`, if any, is fp32 and may train.
+
+    Without a payload (before `load_weight`) it stands for its shape only, as on the meta device.
+    """
+
+    def __init__(self, in_features: int, out_features: int, backend: Backend):
+        super().__init__()
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
+        self.bias: Optional[nn.Parameter] = None
+        for name in backend.payload_names:
+            self.register_buffer(name, None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def payload(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.backend.payload_names)
+
+    @property
+    def is_loaded(self) -> bool:
+        return all(tensor is not None for tensor in self.payload)
+
+    @torch.no_grad()
+    def load_weight(self, weight: Tensor) -> None:
+        """Store `weight`, float [out_features, in_features], in the backend's format on weight's device."""
+        assert tuple(weight.shape) == self.shape
+        for name, tensor in zip(self.backend.payload_names, self.backend.quantize(weight), strict=True):
+            setattr(self, name, tensor)
+
+    def load_bias(self, bias: Tensor) -> None:
+        """Set the bias, kept in fp32: [out_features]."""
+        trains = self.bias is not None and self.bias.requires_grad
+        self.bias = nn.Parameter(bias.detach().to(torch.float32, copy=True), requires_grad=trains)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`."""
+        return self.backend.dequantize(self.payload, self.shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], in x's dtype."""
+        return _FrozenMatmul.apply(x, self.bias, self.backend, self.shape, *self.payload)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move, never cast: `model.half()` would destroy scales and codes."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.backend.name}"
+
+
+def linear_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear, quantized or not, in `dtype`: [out_features, in_features]."""
+    return layer.dequantize(dtype) if isinstance(layer, QuantLinear) else layer.weight.to(dtype)

@@ -1,0 +1,152 @@
+"""Never losing work: checkpoints that are whole or absent, and the decision whether and where a run continues.
+
+A checkpoint is a folder `checkpoints/step-N` with the trainables (it can be asked and exported like a result), Lightning's
+training state (moments, scheduler, loop and data position) and every rank's random state.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from accessory.checkpoint import atomic_folder, sha256
+from accessory.config import SaveConfig
+from accessory.errors import UserError
+
+RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
+
+
+class Checkpoints(Callback):
+    """Saves every `epoch_interval` epochs and `step_interval` steps; keeps the last `keep`.
+
+    write_result: writes the trainables and their metadata into a folder.
+    """
+
+    def __init__(self, folder: Path, config: SaveConfig, write_result: Callable[[Path], None]):
+        self.folder, self.config, self.write_result = folder, config, write_result
+        self._saved_at = -1
+        self._rng: Optional[dict[str, Any]] = None
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, idx: int) -> None:
+        trainer.train_dataloader.position = (trainer.current_epoch, idx + 1)
+        done = not trainer.fit_loop.epoch_loop._should_accumulate()
+        if done and trainer.global_step % self.config.step_interval == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if (trainer.current_epoch + 1) % self.config.epoch_interval == 0 or is_last:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_at:
+            return
+        self._saved_at = trainer.global_step
+        rng = _gather(random_state())
+        target = self.folder / f"step-{trainer.global_step:08d}"
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(target)  # takes part in the barriers; only rank 0 writes
+            return
+        with atomic_folder(target) as partial:
+            trainer.save_checkpoint(partial / STATE_FILE)
+            torch.save(rng, partial / RNG_FILE)
+            self.write_result(partial)
+            sums = {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
+            (partial / SUMS_FILE).write_text(json.dumps(sums, indent=2))
+        for old in checkpoint_folders(self.folder)[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng_of_ranks"] = RNG_FILE
+
+    def restore_random_state(self, folder: Path, rank: int) -> None:
+        """Remember the state of `folder` for the moment training starts, after everything that draws numbers."""
+        states = torch.load(folder / RNG_FILE, weights_only=False)
+        self._rng = states[rank] if rank < len(states) else None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._rng is not None:
+            set_random_state(self._rng)
+
+
+def random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def damage(checkpoint: Path) -> Optional[str]:
+    """What is wrong with a checkpoint folder, or None if it is whole."""
+    try:
+        sums = json.loads((checkpoint / SUMS_FILE).read_text())
+        bad = [name for name, digest in sums.items() if sha256(checkpoint / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(bad)} differs from its checksum" if bad else None
+
+
+def find_checkpoint(output_dir: Path, resume: Optional[str], settings: dict[str, Any]) -> Optional[Path]:
+    """The checkpoint to continue from, or None to start; refuses what would overwrite or mix two runs.
+
+    settings: everything that decides the run's numbers; run.json holds those that the folder was started with.
+    """
+    if resume is not None:
+        chosen = Path(resume).expanduser()
+        if not (chosen / SUMS_FILE).is_file() and (found := checkpoint_folders(chosen / "checkpoints")):
+            chosen = found[-1]
+        if (wrong := damage(chosen)) is not None:
+            raise UserError(f"--resume {resume}: not a whole checkpoint ({wrong})")
+        _compare(chosen.parent.parent / RUN_FILE, settings)
+        return chosen
+    if (output_dir / "trainable.safetensors").is_file():
+        raise UserError(f"--output_dir {output_dir}: holds a finished run; choose another, or remove it")
+    candidates = checkpoint_folders(output_dir / "checkpoints")
+    if not candidates:
+        return None
+    _compare(output_dir / RUN_FILE, settings)
+    for checkpoint in reversed(candidates):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
+    raise UserError(f"--output_dir {output_dir}: no checkpoint in it is whole; choose another folder, or remove it")
+
+
+def _compare(run_file: Path, settings: dict[str, Any]) -> None:
+    if not run_file.is_file():
+        raise UserError(f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir")
+    started_with = json.loads(run_file.read_text())
+    for key in sorted(started_with.keys() | settings.keys()):
+        before, now = started_with.get(key), settings.get(key)
+        if before != now:
+            raise UserError(
+                f"{run_file.parent}: its run was started with {key}={before!r}, this one has {now!r}; "
+                "give the same settings to continue it, or choose another --output_dir"
+            )

@@ -1,0 +1,68 @@
+"""Where a run runs: devices, ranks, and how they share the work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from accessory.config import DataParallel, Precision, StrategyConfig
+from accessory.errors import UserError
+
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: as torchrun says, or alone."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.local_size
+
+
+def find_world() -> World:
+    size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    if not torch.cuda.is_available():
+        return World(rank, local_rank, size, local_size, torch.device("cpu"))
+    if local_size > torch.cuda.device_count():
+        raise UserError(
+            f"torchrun --nproc_per_node={local_size}, but this machine has {torch.cuda.device_count()} GPU(s): "
+            "start one process per GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return World(rank, local_rank, size, local_size, torch.device("cuda", local_rank))
+
+
+def make_strategy(config: StrategyConfig, world: World) -> Strategy:
+    if config.data_parallel is DataParallel.fsdp and world.size > 1:
+        raise UserError("--data_parallel fsdp is not part of this version; use --data_parallel sdp")
+    if world.size == 1:
+        return SingleDeviceStrategy(world.device)
+    # Buffers are the frozen payload, loaded identically on all ranks: never broadcast them.
+    return DDPStrategy(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        process_group_backend="nccl" if world.device.type == "cuda" else "gloo",
+    )
+
+
+class Float16(MixedPrecision):
+    """fp16 compute with loss scaling. No autocast: the model computes in its embedding's dtype."""
+
+    def __init__(self, device: torch.device):
+        super().__init__("16-mixed", device.type, scaler=torch.amp.GradScaler(device.type))
+
+    def forward_context(self) -> Any:
+        return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()

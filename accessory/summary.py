@@ -1,0 +1,50 @@
+"""One screen before training: what is quantized, what trains, what a step is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+from accessory.config import Config
+from accessory.data.datamodule import DataModule
+from accessory.models.llama import Llama
+from accessory.quantization import block_linears
+from accessory.strategies import World
+from accessory.tuning.recipe import count_trainables
+
+
+def frozen_bytes(model: Llama) -> tuple[int, int]:
+    """(weights in the decoder blocks' linears, bytes they take)."""
+    linears = block_linears(model).values()
+    weights = sum(layer.in_features * layer.out_features for layer in linears)
+    return weights, sum(tensor.nbytes for layer in linears for tensor in layer.payload)
+
+
+def describe_run(config: Config, model: Llama, data: DataModule, world: World, checkpoint: Optional[Path]) -> str:
+    weights, size = frozen_bytes(model)
+    counts = count_trainables(model)
+    trainable = sum(counts.values())
+    total = weights + sum(p.numel() for p in model.parameters())
+    kinds = " + ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    plan, train = data.train_plan, config.train
+    steps = plan.steps * train.epochs
+    steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
+    tokens = int(plan.lengths.sum()) / plan.steps
+    precision = train.precision.value
+    rows = [
+        ("base", f"{model.base['path']} ({total - trainable:,} weights)"),
+        ("frozen", f"{weights:,} weights of {len(block_linears(model))} linears in {config.quantization.method.value}, "
+                   f"{size / 2**20:,.0f} MiB ({8 * size / weights:.2f} bits a weight); compute in {precision}"),
+        ("trains", f"{config.recipe.name}: {kinds} = {trainable:,} ({100 * trainable / total:.2f} %), fp32"),
+        ("data", f"{data.train_report.line()}; training on {len(data.train_items):,}, "
+                 f"validating on {len(data.val_items) if data.val_items is not None else 0:,}"),
+        ("batch", f"{train.batch_size} rows x {train.accum_iter} micro-batches x {world.size} device(s) = "
+                  f"{plan.rows_per_step} {'packed rows' if config.data.packing else 'items'}, about {tokens:,.0f} tokens a step"),
+        ("steps", f"{steps:,} ({plan.steps:,} an epoch, {train.epochs} epochs), lr {config.optim.lr:g} -> {config.optim.min_lr:g}"),
+        ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"
+                   + (", checkpointing" if train.checkpointing else "")),
+        ("output", f"{config.output_dir}" + (f", continuing from {checkpoint.name}" if checkpoint else "")),
+    ]  # fmt: skip
+    if data.val_report is not None:
+        rows.insert(4, ("validation", data.val_report.line()))
+    return "\n".join(f"  {name:<10} {text}" for name, text in rows)

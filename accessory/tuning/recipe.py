@@ -1,0 +1,100 @@
+"""What trains: norms, biases and LoRA, chosen by a module's type and position, never by a part of its name.
+
+Everything that trains is fp32 in memory, in the optimizer and on disk; the forward pass casts it to the activations'
+dtype.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Optional
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from accessory.bases import Folder
+from accessory.config import RecipeConfig
+from accessory.models.llama import RMSNorm
+from accessory.quantization import block_linears
+from accessory.tuning.lora import add_lora
+
+
+def add_trainables(model: nn.Module, recipe: Optional[RecipeConfig]) -> None:
+    """Add the biases (zeros) and LoRA matrices that the base has not, in place; their values may be loaded later."""
+    if recipe is None:
+        return
+    if recipe.bias:
+        for layer in block_linears(model).values():
+            if layer.bias is None:
+                layer.load_bias(torch.zeros(layer.out_features))
+    if recipe.lora:
+        add_lora(model, recipe)
+
+
+def mark_trainable(model: nn.Module, recipe: Optional[RecipeConfig]) -> None:
+    """Freeze all, then let exactly the recipe's parameters train."""
+    model.requires_grad_(False)
+    if recipe is None:
+        return
+    for module in model.modules():
+        if recipe.norm and isinstance(module, RMSNorm):
+            module.weight.requires_grad_(True)
+        if recipe.lora and isinstance(module, LoraLayer):
+            module.lora_A.requires_grad_(True)
+            module.lora_B.requires_grad_(True)
+    if recipe.bias:
+        for layer in block_linears(model).values():
+            layer.bias.requires_grad_(True)
+
+
+def trainable_kind(name: str) -> str:
+    """norm, bias or LoRA, for counting and for weight decay; `name` is a trainable parameter's path."""
+    if ".lora_A." in name or ".lora_B." in name:
+        return "LoRA"
+    return "bias" if name.endswith(".bias") else "norm"
+
+
+def count_trainables(model: nn.Module) -> Counter[str]:
+    """Trainable parameters by kind."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[trainable_kind(name)] += parameter.numel()
+    return counts
+
+
+def canonical_name(path: str) -> str:
+    """A parameter's path in the model -> its name on disk, which knows nothing of PEFT's wrapping."""
+    return path.replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters by name on disk, fp32 on the CPU."""
+    return {
+        canonical_name(name): parameter.detach().float().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def recipe_of(folders: list[Folder]) -> Optional[RecipeConfig]:
+    """The recipe whose result the folders hold; None for a bare base.
+
+    A Hugging Face base may have biases of its own; they are part of the architecture, not of a recipe.
+    """
+    names = set().union(*(folder.names for folder in folders if folder.kind != "hf"))
+    lora = {name for name in names if name.endswith(".lora_A.weight")}
+    bias = any(name.endswith(".bias") for name in names)
+    stated = next((f.meta["recipe"] for f in reversed(folders) if "recipe" in f.meta), None)
+    if stated is not None:
+        return RecipeConfig(**stated)
+    if not lora and not bias:
+        return None
+    recipe = RecipeConfig(name="found", norm=True, bias=bias, lora=bool(lora))
+    if lora:
+        name = sorted(lora)[0]
+        folder = next(f for f in folders if name in f.names)
+        recipe.rank = folder.tensor(name).shape[0]
+        recipe.targets = sorted({n.split(".")[-3] for n in lora})
+    return recipe

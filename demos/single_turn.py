@@ -1,0 +1,32 @@
+"""Ask a fine-tuned model: one streamed answer with --prompt, a page in the browser without.
+
+torchrun --nproc-per-node=1 demos/single_turn.py --llama_config params.json --tokenizer_path tokenizer.model \
+    --pretrained_path <base> <trainables> --quant
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
+
+from accessory.cli import run_command  # noqa: E402
+from accessory.demo import add_generation_flags, add_model_flags, answer_once, load, parse, serve_single_turn  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Single-turn demo", allow_abbrev=False)
+    add_model_flags(parser)
+    add_generation_flags(parser)
+    args = parse(parser)
+    model = load(args)
+    if args.prompt is not None:
+        answer_once(model, args)
+    else:
+        serve_single_turn(model, args)
+
+
+if __name__ == "__main__":
+    run_command(main)
