@@ -77,5 +77,7 @@ def _warn_of_other_quantization(folders: list[Folder], quantization: Quantizatio
         if trained_on is not None and QuantMethod(trained_on) is not quantization.method:
             log.warning(
                 "%s was trained on a base with quantization %s, and is used on one with %s: expect worse answers",
-                Path(folder.path).name, trained_on, quantization.method.value,
-            )  # fmt: skip
+                Path(folder.path).name,
+                trained_on,
+                quantization.method.value,
+            )

@@ -4,8 +4,8 @@ A `Folder` lists its tensors by canonical name (Hugging Face's, `model.layers.0.
 `….lora_A.weight` / `….lora_B.weight`) without reading them, and gives one tensor at a time: files are memory-mapped, so
 loading needs no more host memory than the tensor in hand.
 
-Meta's layout differs in three ways, all undone here: names; the rotary pairs of wq and wk lie next to each other instead
-of half a head apart (weight, bias and lora_b alike); and tensors are split over model-parallel shards.
+Meta's layout differs in three ways, all undone here: names; the rotary pairs of wq and wk lie next to each other, not
+half a head apart (weight, bias and lora_b alike); and tensors are split over model-parallel shards.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ _SHARDED = {
     "accessory_diff": re.compile(r"consolidated\.(\d{2})-of-(\d{2})\.model-diff\.pth"),
 }
 _LINEARS = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
-}  # fmt: skip
+}
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _TOP = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT}
 _ROW_PARALLEL = ("o_proj", "down_proj")
@@ -69,8 +73,9 @@ class Folder:
         try:
             return self._read[name]()
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({_first_line(error)}); is a file truncated?") from None
-
+            raise UserError(
+                f"{self.path}: {name} cannot be read ({_first_line(error)}); is a file truncated?"
+            ) from None
 
     def first_row(self, name: str) -> Tensor:
         """The first row of a matrix, without reading the rest: [1, in_features]."""
@@ -227,9 +232,7 @@ def _merge(name: str, parts: list[Tensor], hidden_size: int) -> Tensor:
         dim = 0 if parts[0].shape[1] == hidden_size else 1
     elif name.endswith("lora_A.weight"):
         dim = 1 if row_parallel else None
-    elif name.endswith("lora_B.weight"):
-        dim = None if row_parallel else 0
-    elif name.endswith("bias"):
+    elif name.endswith("lora_B.weight") or name.endswith("bias"):
         dim = None if row_parallel else 0
     else:
         dim = 1 if row_parallel else 0
@@ -296,5 +299,3 @@ def _listing(folder: Path, limit: int = 8) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-

@@ -50,9 +50,12 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         shown = {}
         for name, form in {
-            "loss": "{:.3f}", "lr": "{:.1e}", "tokens_per_s": "{:,.0f} tok/s", "peak_gib": "{:.1f} GiB",
+            "loss": "{:.3f}",
+            "lr": "{:.1e}",
+            "tokens_per_s": "{:,.0f} tok/s",
+            "peak_gib": "{:.1f} GiB",
             "val_loss": "{:.3f}",
-        }.items():  # fmt: skip
+        }.items():
             if name in trainer.callback_metrics:
                 shown[name] = form.format(float(trainer.callback_metrics[name]))
         return shown

@@ -43,7 +43,7 @@ def open_folders(paths: list[str]) -> list[Folder]:
         recorded = folders[0].meta.get("base", {})
         hint = recorded.get("path", "its base") if isinstance(recorded, dict) else "its base"
         raise UserError(
-            f"--pretrained_path: {folders[0].path} holds trainables only, so it cannot come first; give the base first: "
+            f"--pretrained_path: {folders[0].path} holds trainables only, it cannot come first; give the base first: "
             f"--pretrained_path {later or hint} {folders[0].path}"
         )
     return folders
@@ -63,7 +63,9 @@ def check_pairing(folders: list[Folder]) -> str:
             )
         digest = folder.meta.get("sha256")
         if digest and digest != sha256(folder.path / TRAINABLE_FILE):
-            raise UserError(f"{folder.path / TRAINABLE_FILE}: its checksum is not the one in {META_FILE}; it is damaged")
+            raise UserError(
+                f"{folder.path / TRAINABLE_FILE}: its checksum is not the one in {META_FILE}; it is damaged"
+            )
     return base
 
 
@@ -115,7 +117,7 @@ def _slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterat
             # the compute type.
             yield f"{prefix}.weight", (module.shape, lambda t, m=module: m.load_weight(t.to(device)), False)
             if module.bias is not None:
-                store = lambda t, m=module: m.load_bias(t.to(device))  # noqa: E731
+                store = lambda t, m=module: m.load_bias(t.to(device))
                 yield f"{prefix}.bias", ((module.out_features,), store, not module.bias.is_meta)
         elif isinstance(module, LoraLayer):
             for matrix in ("lora_A", "lora_B"):
@@ -124,9 +126,8 @@ def _slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterat
                 yield f"{prefix}.{matrix}.weight", (shape, setter(inner, "weight", torch.float32), True)
         elif isinstance(module, RMSNorm):
             yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", torch.float32), False)
-        elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module.weight.is_meta):
-            if f"{prefix}.weight" != tied:
-                yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", dtype), False)
+        elif isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.is_meta and f"{prefix}.weight" != tied:
+            yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", dtype), False)
 
 
 def _sources(folders: list[Folder], slots: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
@@ -206,7 +207,9 @@ def _fsync(path: Path) -> None:
 def _disk_error(error: OSError, target: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(target.parent).free / 2**20
-        return UserError(f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun")
+        return UserError(
+            f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UserError(f"{target} cannot be written: {error.strerror}")
     return error

@@ -80,8 +80,19 @@ FINETUNE_FLAGS = [
 ]
 # Hydra's own options; those that take a value may have it in the next word.
 _HYDRA_SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i", "--hydra-help", "--version")
-_HYDRA_VALUES = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp",
-                 "--experimental-rerun")  # fmt: skip
+_HYDRA_VALUES = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--experimental-rerun",
+)
 # Launchers of the ancestor's time passed these; torchrun says the same in the environment.
 _IGNORED_VALUES = ("--local_rank", "--local-rank", "--world_size", "--dist_url")
 _IGNORED_SWITCHES = ("--dist_on_itp",)
@@ -121,7 +132,9 @@ def rewrite(argv: list[str], flags: Iterable[Flag]) -> list[str]:
         elif name in _IGNORED_SWITCHES or name in _IGNORED_VALUES:
             i += name in _IGNORED_VALUES and not has_value
         elif word.startswith("-") and name not in (*_HYDRA_SWITCHES, *_HYDRA_VALUES):
-            raise UserError(f"unknown flag {name}{suggest(name, [*table, *_HYDRA_VALUES, '--multirun'])}; --help lists them")
+            raise UserError(
+                f"unknown flag {name}{suggest(name, [*table, *_HYDRA_VALUES, '--multirun'])}; --help lists them"
+            )
         else:
             out.append(word)
             if name in _HYDRA_VALUES and not has_value and i < len(argv):
@@ -203,7 +216,11 @@ def _explain(error: Exception, schema: type) -> str:
 def help_text(program: str, flags: list[Flag], schema: type) -> str:
     rows = {key: (default, meaning) for key, default, meaning in describe(schema)}
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
-    lines = [f"usage: {program} [--flag value …] [key=value …] [group=option …]", "", "Flags (LLaMA2-Accessory's names):"]
+    lines = [
+        f"usage: {program} [--flag value …] [key=value …] [group=option …]",
+        "",
+        "Flags (LLaMA2-Accessory's names):",
+    ]
     for flag in flags:
         default, meaning = rows.get(flag.key, (None, f"same as {flag.key}={flag.kind}"))
         value = {"value": " VALUE", "list": " VALUE …"}.get(flag.kind, "")

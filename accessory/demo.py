@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,9 +66,14 @@ def load(args: argparse.Namespace) -> Llama:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
     model = accessory.load_model(
-        args.pretrained_path, args.llama_type, args.llama_config, args.tokenizer_path,
-        quantization="nf4" if args.quant else "none", device=device, dtype=DTYPES[args.dtype],
-    )  # fmt: skip
+        args.pretrained_path,
+        args.llama_type,
+        args.llama_config,
+        args.tokenizer_path,
+        quantization="nf4" if args.quant else "none",
+        device=device,
+        dtype=DTYPES[args.dtype],
+    )
     if model.tokenizer is None:
         raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
     if args.max_seq_len is not None:
@@ -114,7 +118,9 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
             with gr.Column():
                 question = gr.Textbox(lines=4, label="Question", autofocus=True)
                 context = gr.Textbox(lines=2, label="Input (optional)")
-                kinds = [kind.value for kind in PromptType if kind is not PromptType.chat or model.tokenizer.chat_template]
+                kinds = [
+                    kind.value for kind in PromptType if kind is not PromptType.chat or model.tokenizer.chat_template
+                ]
                 system = gr.Dropdown(kinds, value=args.system_prompt, label="System prompt")
                 length = gr.Slider(1, 2048, value=args.max_gen_len, step=1, label="Max length (tokens)")
                 temperature = gr.Slider(0, 1, value=args.temperature, label="Temperature (0: always the same answer)")

@@ -116,7 +116,7 @@ def _name_shards(folder: Path, shards: list[list[str]]) -> None:
 def export_peft(model: Llama, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors: PeftModel.from_pretrained loads them on the base.
 
-    A PEFT adapter can hold LoRA matrices and retrained norms (as modules_to_save), but no bias on a linear that has none.
+    A PEFT adapter holds LoRA matrices, and no bias for a linear that has none.
     """
     biased = [path for path, layer in block_linears_by_name(model).items() if layer.bias is not None]
     state = trainable_state(model)

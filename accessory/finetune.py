@@ -43,7 +43,13 @@ def finetune(config: Config) -> Path:
     if model.tokenizer is None:
         raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
     data = DataModule(
-        config.data, model.tokenizer, config.train.batch_size, config.train.accum_iter, world.size, world.rank, config.seed
+        config.data,
+        model.tokenizer,
+        config.train.batch_size,
+        config.train.accum_iter,
+        world.size,
+        world.rank,
+        config.seed,
     )
     settings = _settings(config, model, data, world)
     checkpoint = find_checkpoint(output_dir, config.resume, settings)
@@ -159,8 +165,9 @@ def _loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
     if config.name is LoggerName.wandb:
         from pytorch_lightning.loggers import WandbLogger
 
-        loggers.append(WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir,
-                                   offline=config.offline))  # fmt: skip
+        loggers.append(
+            WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir, offline=config.offline)
+        )
     elif config.name is LoggerName.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 

@@ -31,8 +31,11 @@ class KVCache:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator] = None) -> Tensor:
-    """logits: float [b, v] -> token ids int64 [b]. temperature 0: argmax; otherwise from the smallest set of tokens whose
-    probability reaches top_p (nucleus sampling, arXiv:1904.09751)."""
+    """logits: float [b, v] -> token ids int64 [b].
+
+    temperature 0: argmax; otherwise a draw from the smallest set of tokens whose probability reaches top_p (nucleus
+    sampling, arXiv:1904.09751).
+    """
     if temperature <= 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -115,7 +118,9 @@ def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature:
     stop = stop_ids(model)
     answers: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    for tokens in generate_ids(model, _encode(model, prompts, max_new_tokens), max_new_tokens, temperature, top_p, stop):
+    for tokens in generate_ids(
+        model, _encode(model, prompts, max_new_tokens), max_new_tokens, temperature, top_p, stop
+    ):
         for i, token in enumerate(tokens.tolist()):
             finished[i] = finished[i] or token in stop
             if not finished[i]:
@@ -126,7 +131,9 @@ def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature:
 def stream(model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
     """The growing answer to one prompt; a character whose bytes are not all there yet is held back."""
     stop, answer = stop_ids(model), []
-    for tokens in generate_ids(model, _encode(model, [prompt], max_new_tokens), max_new_tokens, temperature, top_p, stop):
+    for tokens in generate_ids(
+        model, _encode(model, [prompt], max_new_tokens), max_new_tokens, temperature, top_p, stop
+    ):
         token = int(tokens[0])
         if token in stop:
             break

@@ -1,7 +1,7 @@
 """Never losing work: checkpoints that are whole or absent, and the decision whether and where a run continues.
 
-A checkpoint is a folder `checkpoints/step-N` with the trainables (it can be asked and exported like a result), Lightning's
-training state (moments, scheduler, loop and data position) and every rank's random state.
+A checkpoint is a folder `checkpoints/step-N` with the trainables (it can be asked and exported like a result),
+Lightning's training state (moments, scheduler, loop and data position) and every rank's random state.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -141,7 +142,9 @@ def find_checkpoint(output_dir: Path, resume: Optional[str], settings: dict[str,
 
 def _compare(run_file: Path, settings: dict[str, Any]) -> None:
     if not run_file.is_file():
-        raise UserError(f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir")
+        raise UserError(
+            f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir"
+        )
     started_with = json.loads(run_file.read_text())
     for key in sorted(started_with.keys() | settings.keys()):
         before, now = started_with.get(key), settings.get(key)

@@ -26,25 +26,27 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
     trainable = sum(counts.values())
     total = weights + sum(p.numel() for p in model.parameters())
     kinds = " + ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    plan, train = data.train_plan, config.train
+    plan, train, optim = data.train_plan, config.train, config.optim
     steps = plan.steps * train.epochs
     steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
-    tokens = int(plan.lengths.sum()) / plan.steps
-    precision = train.precision.value
+    method, bits = config.quantization.method.value, 8 * size / weights
+    validating = len(data.val_items) if data.val_items is not None else 0
+    unit = "packed rows" if config.data.packing else "items"
+    split = f"{train.batch_size} rows x {train.accum_iter} micro-batches x {world.size} device(s)"
     rows = [
         ("base", f"{model.base['path']} ({total - trainable:,} weights)"),
-        ("frozen", f"{weights:,} weights of {len(block_linears(model))} linears in {config.quantization.method.value}, "
-                   f"{size / 2**20:,.0f} MiB ({8 * size / weights:.2f} bits a weight); compute in {precision}"),
+        ("frozen", f"{weights:,} weights of {len(block_linears(model))} linears in {method}, {size / 2**20:,.0f} MiB"),
+        ("", f"({bits:.2f} bits a weight); compute in {train.precision.value}"),
         ("trains", f"{config.recipe.name}: {kinds} = {trainable:,} ({100 * trainable / total:.2f} %), fp32"),
-        ("data", f"{data.train_report.line()}; training on {len(data.train_items):,}, "
-                 f"validating on {len(data.val_items) if data.val_items is not None else 0:,}"),
-        ("batch", f"{train.batch_size} rows x {train.accum_iter} micro-batches x {world.size} device(s) = "
-                  f"{plan.rows_per_step} {'packed rows' if config.data.packing else 'items'}, about {tokens:,.0f} tokens a step"),
-        ("steps", f"{steps:,} ({plan.steps:,} an epoch, {train.epochs} epochs), lr {config.optim.lr:g} -> {config.optim.min_lr:g}"),
-        ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"
-                   + (", checkpointing" if train.checkpointing else "")),
-        ("output", f"{config.output_dir}" + (f", continuing from {checkpoint.name}" if checkpoint else "")),
-    ]  # fmt: skip
+        ("data", data.train_report.line()),
+        ("", f"training on {len(data.train_items):,}, validating on {validating:,}"),
+        ("batch", f"{split} = {plan.rows_per_step} {unit}, about {plan.lengths.sum() / plan.steps:,.0f} tokens a step"),
+        ("steps", f"{steps:,} ({plan.steps:,} an epoch, {train.epochs} epochs), lr {optim.lr:g} -> {optim.min_lr:g}"),
+        ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"),
+        ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
+    ]
+    if train.checkpointing:
+        rows.insert(-1, ("", "activations recomputed in backward"))
     if data.val_report is not None:
-        rows.insert(4, ("validation", data.val_report.line()))
+        rows.insert(6, ("validation", data.val_report.line()))
     return "\n".join(f"  {name:<10} {text}" for name, text in rows)

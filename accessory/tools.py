@@ -113,9 +113,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result = answer_perplexity(model, answer_loader(data, model.tokenizer, config.batch_size))
         what = config.data_config
     figures = {
-        "ppl": result.value, "nll": result.nll, "tokens": result.tokens, "data": what, "seqlen": config.seqlen,
-        "quantization": config.quantization.method.value, "pretrained_path": config.model.pretrained_path,
-    }  # fmt: skip
+        "ppl": result.value,
+        "nll": result.nll,
+        "tokens": result.tokens,
+        "data": what,
+        "seqlen": config.seqlen,
+        "quantization": config.quantization.method.value,
+        "pretrained_path": config.model.pretrained_path,
+    }
     print(f"ppl on {what} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']})", flush=True)
     if config.output is not None:
         Path(config.output).write_text(json.dumps(figures, indent=2) + "\n")
@@ -132,9 +137,7 @@ def export(config: ExportConfig) -> Path:
     if config.quantization.method is QuantMethod.none:  # merge into what the trainables were trained on
         stated = open_folder(config.model.pretrained_path[-1]).meta.get("quantization")
         if stated is not None:
-            config.quantization = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated)
-            )
+            config.quantization = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated))
     model = _load(config, config.device)
     if config.format is ExportFormat.peft:
         export_peft(model, folder)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from accessory.cli import run_command  # noqa: E402
-from accessory.demo import add_generation_flags, add_model_flags, answer_once, load, parse, serve_single_turn  # noqa: E402
+from accessory.cli import run_command
+from accessory.demo import add_generation_flags, add_model_flags, answer_once, load, parse, serve_single_turn
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ MARKUP = (
 
 class Entry(NamedTuple):
     """One documented object of the standard library."""
+
     package: str
     owner: str  # the module of a function, the class of a method, empty for builtins
     name: str
@@ -114,7 +115,7 @@ def make_items(entries: list[Entry]) -> Iterator[tuple[str, Item]]:
         siblings[entry.owner, entry.kind].append(entry.name)
     for entry in entries:
         for question in _questions(entry, siblings[entry.owner, entry.kind]):
-            yield entry.package, dict(zip(("instruction", "input", "output"), question))
+            yield entry.package, dict(zip(("instruction", "input", "output"), question, strict=True))
 
 
 def _questions(entry: Entry, siblings: list[str]) -> Iterator[tuple[str, str, str]]:
@@ -159,7 +160,7 @@ def collect_entries() -> list[Entry]:
 
 def import_modules() -> dict[str, types.ModuleType]:
     """Import the public standard library, less what this platform lacks."""
-    pending = sorted({n for n in sys.stdlib_module_names if n[0] != "_"} - SKIPPED) + ["os.path"]
+    pending = [*sorted({n for n in sys.stdlib_module_names if n[0] != "_"} - SKIPPED), "os.path"]
     modules = {}
     for name in pending:  # grows on the way
         try:

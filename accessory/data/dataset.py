@@ -32,9 +32,13 @@ FORMAT = 1  # part of the cache key: raise it when tokenized items change their 
 ENTRY_KEYS = ("path", "type", "preprocess", "prompt_type", "root")
 PREPROCESS = ("single_turn_llava", "caption")
 FEATURES = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32")),
-     "length": datasets.Value("int32"), "answer_tokens": datasets.Value("int32")}
-)  # fmt: skip
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+        "answer_tokens": datasets.Value("int32"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,9 @@ def open_dataset(path: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[d
     if report.items == 0:
         raise UserError(f"--data_config {path}: no items in {', '.join(str(e.path) for e in entries)}")
     if report.items == report.without_answer:
-        raise UserError(f"--max_words {config.max_words}: shorter than every prompt of {path}, no answer is left to learn")
+        raise UserError(
+            f"--max_words {config.max_words}: shorter than every prompt of {path}, no answer is left to learn"
+        )
     return datasets.load_from_disk(str(folder / "items")), report, key
 
 
@@ -215,9 +221,12 @@ def _build(folder: Path, entries: list[Entry], config: DataConfig, tokenizer: To
     datasets.disable_progress_bars()  # ours counts items of all files; theirs counts chunks
     try:
         rows = datasets.Dataset.from_generator(
-            _tokenize, features=FEATURES, cache_dir=str(partial / "work"),
-            gen_kwargs={"job": _Job(entries, config, tokenizer, report)}, fingerprint=folder.name,
-        )  # fmt: skip
+            _tokenize,
+            features=FEATURES,
+            cache_dir=str(partial / "work"),
+            gen_kwargs={"job": _Job(entries, config, tokenizer, report)},
+            fingerprint=folder.name,
+        )
         rows.save_to_disk(str(partial / "items"))
         (partial / "report.json").write_text(json.dumps(asdict(report)))
         shutil.rmtree(partial / "work")
@@ -241,8 +250,9 @@ class _Job:
 
 def _tokenize(job: _Job) -> Iterator[dict[str, Any]]:
     for entry in job.entries:
-        bar = tqdm(read_items(entry.path), desc=f"tokenizing {entry.path.name}", unit="item",
-                   disable=not sys.stderr.isatty())  # fmt: skip
+        bar = tqdm(
+            read_items(entry.path), desc=f"tokenizing {entry.path.name}", unit="item", disable=not sys.stderr.isatty()
+        )
         for where, item in bar:
             ids, labels = encode(to_example(item, where, entry, job.config, job.tokenizer), job.tokenizer)
             limit, report = job.config.max_words, job.report

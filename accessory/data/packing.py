@@ -45,7 +45,9 @@ def _first_fit(items: np.ndarray, lengths: np.ndarray, capacity: int) -> list[li
     return rows
 
 
-def collate(rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, pad_id: int) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, pad_id: int
+) -> dict[str, Tensor]:
     """Rows of (input_ids, labels) items -> tensors, int64 [rows, width].
 
     targets: the label of the *next* token within the same item, -100 where nothing is learnt;

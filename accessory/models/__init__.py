@@ -15,10 +15,22 @@ from accessory.models.llama import Llama
 
 # LLaMA2-Accessory's ModelArgs. The last four say what trains, not what the model is: the recipe owns those.
 PARAMS = {
-    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": None, "vocab_size": -1, "multiple_of": 256,
-    "ffn_dim_multiplier": None, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 2048, "rope_scaling": None,
-    "max_batch_size": 32, "lora_rank": -1, "bias_tuning": True, "norm_tuning": True,
-}  # fmt: skip
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": None,
+    "vocab_size": -1,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_seq_len": 2048,
+    "rope_scaling": None,
+    "max_batch_size": 32,
+    "lora_rank": -1,
+    "bias_tuning": True,
+    "norm_tuning": True,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -156,7 +156,9 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
         """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
         if images is not None:
-            raise ValueError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")
+            raise ValueError(
+                "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
+            )
         return self.lm_head(self.hidden_states(input_ids)).float()
 
     def generate(
@@ -171,5 +173,7 @@ class Llama(nn.Module):
         from accessory.generation import generate
 
         if images is not None and any(image is not None for image in images):
-            raise ValueError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")
+            raise ValueError(
+                "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
+            )
         return generate(self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

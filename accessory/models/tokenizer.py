@@ -18,7 +18,7 @@ HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """`path`: a sentencepiece `*.model` file, or a folder with tokenizer.json + tokenizer_config.json or tokenizer.model.
+    """path: a sentencepiece `*.model` file, or a folder with tokenizer.json + tokenizer_config.json or tokenizer.model.
 
     bos_id, eos_id: int; n_words: number of token ids.
     """
@@ -64,10 +64,8 @@ class Tokenizer:
         self.bos_text = self._inner.bos_token  # a chat template may write it out
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        if self.is_sentencepiece:
-            ids = self._inner.encode(text)
-        else:
-            ids = self._inner.encode(text, add_special_tokens=False)
+        options = {} if self.is_sentencepiece else {"add_special_tokens": False}
+        ids = self._inner.encode(text, **options)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:

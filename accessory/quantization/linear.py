@@ -31,7 +31,9 @@ class Backend(Protocol):
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], backend: Backend, shape: tuple[int, int], *payload: Tensor):
+    def forward(
+        ctx: Any, x: Tensor, bias: Optional[Tensor], backend: Backend, shape: tuple[int, int], *payload: Tensor
+    ):
         ctx.backend, ctx.shape, ctx.has_bias = backend, shape, bias is not None
         ctx.save_for_backward(*payload)
         weight = backend.dequantize(payload, shape, x.dtype)

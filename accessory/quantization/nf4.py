@@ -24,7 +24,9 @@ class NF4:
 
     @property
     def payload_names(self) -> tuple[str, ...]:
-        scales = ("absmax_codes", "absmax_codebook", "absmax_scales", "absmax_mean") if self.double_quant else ("absmax",)
+        scales = (
+            ("absmax_codes", "absmax_codebook", "absmax_scales", "absmax_mean") if self.double_quant else ("absmax",)
+        )
         return ("packed", *scales)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, ...]:

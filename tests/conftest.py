@@ -1,0 +1,177 @@
+"""Small real parts that all tests share: a sentencepiece tokenizer trained here, a tiny random LLaMA in Meta's format,
+the same weights as a Hugging Face folder, and a few instruction items."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import textwrap
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import sentencepiece
+import torch
+
+VOCAB = 384
+PARAMS = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "multiple_of": 32,
+    "norm_eps": 1e-5,
+    "vocab_size": -1,
+}
+HIDDEN = 192  # 8/3 * 64, rounded up to a multiple of 32
+ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
+
+
+def corpus() -> list[str]:
+    """Plain English that every machine has: the standard library's own docstrings."""
+    return [
+        line
+        for line in inspect.getdoc(textwrap).splitlines() + inspect.getsource(textwrap).splitlines()
+        if line.strip()
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = folder / "text.txt"
+    text.write_text("\n".join(corpus()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file):
+    from accessory.models.tokenizer import Tokenizer
+
+    return Tokenizer(tokenizer_file)
+
+
+def meta_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights with Meta's names and shapes: dim 64, 4 heads, 2 key/value heads."""
+    g = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=g) / columns**0.5
+
+    def norm() -> torch.Tensor:
+        return 1 + 0.1 * torch.randn(64, generator=g)
+
+    weights = {
+        "tok_embeddings.weight": torch.randn(VOCAB, 64, generator=g),
+        "output.weight": matrix(VOCAB, 64),
+        "norm.weight": norm(),
+    }
+    for i in range(2):
+        at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        weights |= {
+            f"{at}.wq.weight": matrix(64, 64),
+            f"{at}.wk.weight": matrix(32, 64),
+            f"{at}.wv.weight": matrix(32, 64),
+            f"{at}.wo.weight": matrix(64, 64),
+            f"{ff}.w1.weight": matrix(HIDDEN, 64),
+            f"{ff}.w2.weight": matrix(64, HIDDEN),
+            f"{ff}.w3.weight": matrix(HIDDEN, 64),
+            f"layers.{i}.attention_norm.weight": norm(),
+            f"layers.{i}.ffn_norm.weight": norm(),
+        }
+    return weights
+
+
+def split_over_shards(weights: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+    """Meta's model parallelism: rows of wq, wk, wv, w1, w3, output; columns of wo, w2, tok_embeddings; norms whole."""
+
+    def dim(name: str) -> int | None:
+        if "norm" in name:
+            return None
+        return 1 if any(part in name for part in ("wo.", "w2.", "tok_embeddings")) else 0
+
+    return [
+        {k: v if dim(k) is None else v.chunk(count, dim(k))[i].clone() for k, v in weights.items()}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def meta_folder(tmp_path_factory, tokenizer_file) -> Path:
+    """A base in Meta's format, one shard, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("meta")
+    torch.save(meta_weights(), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory, tokenizer_file) -> Path:
+    """A base in Hugging Face's format, written by transformers itself: tied embeddings, 2 key/value heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+def alpaca_items(count: int = 40) -> list[dict[str, str]]:
+    """Items of different lengths with words of the tokenizer's corpus."""
+    words = "the text wrapper breaks long lines into short ones and keeps whitespace where it should be kept".split()
+    return [
+        {
+            "instruction": f"Wrap {i}: " + " ".join(words[: 1 + i % 7]),
+            "input": "lines" if i % 3 == 0 else "",
+            "output": " ".join(words[i % 5 : i % 5 + 2 + i % 11]),
+        }
+        for i in range(count)
+    ]
+
+
+def write_data(folder: Path, items: list[dict], name: str = "data.json", **entry: str) -> Path:
+    """A data file and its YAML; returns the YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(items))
+    lines = "".join(f"    {key}: {value}\n" for key, value in entry.items())
+    config = folder / "data.yaml"
+    config.write_text(f"META:\n  - path: {folder / name}\n    type: text\n{lines}")
+    return config
+
+
+@pytest.fixture
+def data_yaml(tmp_path) -> Path:
+    return write_data(tmp_path / "data", alpaca_items())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Tokenized data goes to the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
