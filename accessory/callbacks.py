@@ -26,12 +26,15 @@ class Throughput(Callback):
     """Logs tokens/s over all ranks (padding not counted), peak memory and the learning rate with every step."""
 
     def __init__(self) -> None:
-        self._tokens, self._since = 0, 0.0
+        self._tokens, self._since, self._lr = 0, 0.0, 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._tokens, self._since = 0, time.perf_counter()
 
     on_validation_end = on_train_epoch_start
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        self._lr = optimizer.param_groups[-1]["lr"]  # the step's own; afterwards the scheduler has moved on
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, idx: int) -> None:
         self._tokens += int(batch["tokens"])
@@ -40,8 +43,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         rate = self._tokens * trainer.world_size / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
-        lr = trainer.optimizers[0].param_groups[-1]["lr"]
-        module.log_dict({"lr": lr, "tokens_per_s": rate, "peak_gib": peak_memory_gib()})
+        module.log_dict({"lr": self._lr, "tokens_per_s": rate, "peak_gib": peak_memory_gib()})
 
 
 class ProgressBar(TQDMProgressBar):

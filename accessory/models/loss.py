@@ -24,12 +24,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            logits = F.linear(hidden[chunk], weight).float()
-            total += F.cross_entropy(logits, targets[chunk], reduction="sum")
+            log_probabilities = F.linear(hidden[chunk], weight).float().log_softmax(-1)
+            target = targets[chunk, None]
+            total -= log_probabilities.gather(1, target).sum()
             if gradient is not None:
-                probabilities = logits.softmax(-1)
-                probabilities[torch.arange(len(logits), device=logits.device), targets[chunk]] -= 1
-                gradient[chunk] = probabilities.to(hidden.dtype) @ weight
+                difference = log_probabilities.exp_()
+                difference.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                gradient[chunk] = difference.to(hidden.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

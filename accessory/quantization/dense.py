@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,5 +20,5 @@ class Dense:
     def quantize(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.to(self.dtype).contiguous(),)
 
-    def dequantize(self, payload: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return payload[0].to(dtype)

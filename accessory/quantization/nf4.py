@@ -6,6 +6,7 @@ a byte. With double quantization the absmax themselves are stored in 8 bits, 256
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
@@ -37,7 +38,7 @@ class NF4:
             return packed, state.absmax
         return packed, state.absmax, state.state2.code, state.state2.absmax, state.offset
 
-    def dequantize(self, payload: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         packed, absmax, *second = payload
         if self.double_quant:
             codebook, scales, mean = second

