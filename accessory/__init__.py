@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from os import PathLike
 from typing import TYPE_CHECKING, Optional, Union
 
 # On import bitsandbytes probes for an optional CPU kernel of its own layer, which is not used here, and complains.
@@ -45,7 +46,7 @@ def load_model(
     from accessory.errors import UserError
 
     def listed(value: Union[str, list[str], None]) -> list[str]:
-        return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, bytes)) else list(value))]
+        return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, PathLike)) else value)]
 
     try:
         kind = LlamaType(llama_type or LlamaType.llama_peft)

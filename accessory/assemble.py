@@ -37,7 +37,7 @@ def assemble(
     folders = open_folders(config.pretrained_path)
     tokenizer = _tokenizer(config, folders)
     _check_type(config, folders)
-    architecture = model_config(folders, config.llama_config, tokenizer.n_words if tokenizer else None)
+    architecture = model_config(folders, config.llama_config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, architecture.vocab_size)
     for folder in folders:

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,6 +72,8 @@ class Folder:
     def tensor(self, name: str) -> Tensor:
         try:
             return self._read[name]()
+        except KeyError:
+            raise UserError(f"{self.path}: {name} is not in every shard; is one from another checkpoint?") from None
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path}: {name} cannot be read ({_first_line(error)}); is a file truncated?"
@@ -176,7 +178,8 @@ def attach(opened: Folder, config: LlamaConfig) -> None:
             tensor = _merge(name, parts, config.hidden_size)
             layer = name.rsplit(".", 2 if "lora" in name else 1)[0].rsplit(".", 1)[-1]
             rows_are_rotary = layer in heads and not name.endswith("lora_A.weight")
-            return halves_from_pairs(tensor, heads[layer]) if rows_are_rotary else tensor
+            fits = rows_are_rotary and tensor.shape[0] % (2 * heads[layer]) == 0  # else its shape is reported later
+            return halves_from_pairs(tensor, heads[layer]) if fits else tensor
 
         return read
 
@@ -250,7 +253,7 @@ def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
 # --- what the folders say together ----------------------------------------------------------------------------------
 
 
-def model_config(folders: list[Folder], llama_config: list[str], vocab_size: Optional[int]) -> LlamaConfig:
+def model_config(folders: list[Folder], llama_config: list[str]) -> LlamaConfig:
     """The architecture: `llama_config` files if given, else the last folder that describes one."""
     base = folders[0]
     if base.kind == "hf":
@@ -265,13 +268,17 @@ def model_config(folders: list[Folder], llama_config: list[str], vocab_size: Opt
             raise UserError(f"{base.path}: no params.json or config.json in it; name the model's with --llama_config")
         params = described[-1].params | params
         source = str(described[-1].path)
-    return config_from_params(params, vocab_size or rows_of_embedding(base), source)
+    return config_from_params(params, rows_of_embedding(base), source)
 
 
 def rows_of_embedding(base: Folder) -> int:
-    """Vocabulary size of a Meta or Accessory base: rows of the output layer, which is split over rows."""
+    """Vocabulary size of a Meta or Accessory base: rows of the output layer, which is split over rows, or of an
+    embedding split over columns."""
     prefix = "" if base.kind == "meta" else "llma."
-    return base.shards[0][prefix + "output.weight"].shape[0] * len(base.shards)
+    output = base.shards[0].get(prefix + "output.weight")
+    if output is None:
+        return base.shards[0][prefix + "tok_embeddings.weight"].shape[0]
+    return output.shape[0] * len(base.shards)
 
 
 def fingerprint(base: Folder) -> str:

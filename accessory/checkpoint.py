@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -188,7 +189,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(partial, target)
         _fsync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _disk_error(error, target) from None
     except BaseException:
@@ -204,14 +205,15 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _disk_error(error: OSError, target: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _disk_error(error: Exception, target: Path) -> Exception:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         free = shutil.disk_usage(target.parent).free / 2**20
         return UserError(
             f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{target} cannot be written: {error.strerror}")
+    if number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{target} cannot be written: {os.strerror(number)}")
     return error
 
 

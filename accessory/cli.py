@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,10 +100,10 @@ _IGNORED_SWITCHES = ("--dist_on_itp",)
 
 
 def quote(value: str) -> str:
-    """A literal in Hydra's grammar; numbers and booleans stay what they are."""
-    if value and not set(value) & set("\\'\"=,:(){}[] \t#$*?~!%&<>|;`@"):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A literal string in Hydra's grammar, where backslashes escape only in front of a quote. Always quoted: what a
+    flag's text means (number, path, name) is decided by the key's type, not by how it looks."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def rewrite(argv: list[str], flags: Iterable[Flag]) -> list[str]:
@@ -174,43 +175,47 @@ def adopt_lora_settings(overrides: list[str]) -> list[str]:
 
 def check_composition(config_name: str, schema: type, argv: list[str]) -> None:
     """Compose once by ourselves, so that a wrong key or value is one line with a suggestion, not Hydra's report."""
-    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-    overrides = [word for word in overrides if not word.startswith(("hydra.", "hydra/", "+hydra"))]
+    overrides = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word.startswith("-") or before in _HYDRA_VALUES or word.startswith(("hydra.", "hydra/", "+hydra")):
+            continue
+        overrides.append(_first_choice(word))
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        single = [_first_choice(o) for o in parsed]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            node = compose(config_name, overrides=single)
+            node = compose(config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema)) from None
     if not any(word in argv for word in ("--cfg", "-c", "--info", "-i")):
         to_typed(node, schema)
 
 
-def _first_choice(override: Any) -> str:
+def _first_choice(word: str) -> str:
+    """An override as it is; of a sweep the first value."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise UserError(f"{word}: expected --flag value, key=value or group=option; --help lists them") from None
     if not override.is_sweep_override():
-        return override.input_line
-    first = next(iter(override.sweep_string_iterator()), "")
-    return f"{override.get_key_element()}={first}"
+        return word
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()), '')}"
 
 
 def _explain(error: Exception, schema: type) -> str:
-    """Hydra's and OmegaConf's messages in one line, with the nearest known key."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    known = [key for key, _, _ in describe(schema)]
-    if "Could not override" in text or "not in struct" in str(error) or "not in '" in str(error):
-        wanted = text.split("'")[1] if "'" in text else text
-        return f"unknown key {wanted}{suggest(wanted, known)}; --help lists all keys"
-    if "Could not find" in text:
-        options = [o for line in lines if line.startswith(("Available options", "'")) for o in [line]]
-        group = text.split("'")[1] if "'" in text else text
-        folder, _, name = group.rpartition("/")
-        there = sorted(p.stem for p in (CONFIG_DIR / folder).glob("*.yaml")) if folder else []
-        known_there = f"; known: {', '.join(there)}" if there else (f"; {options[0]}" if options else "")
-        return f"unknown option {folder}={name}{suggest(name, there)}{known_there}"
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), None)
-    return f"{key}: {text}" if key else text
+    """Hydra's and OmegaConf's messages in one line, with the nearest known key or option."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    if missing := re.search(r"Could not find '(.+)/(.+)'", text):
+        group, name = missing.groups()
+        options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        return f"{group}={name}: no such option{suggest(name, options)}; known: {', '.join(options)}"
+    if unknown := re.search(r"Could not override '(.+)'", text):
+        known = {key: key for key, _, _ in describe(schema)}
+        wanted = unknown[1]
+        by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = f" (did you mean {by_leaf[wanted]}?)" if wanted in by_leaf else suggest(wanted, known)
+        return f"unknown key {wanted}{near}; --help lists all keys"
+    key = re.search(r"full_key: (\S+)", text)
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return f"{key[1]}: {reason}" if key else reason
 
 
 def help_text(program: str, flags: list[Flag], schema: type) -> str:

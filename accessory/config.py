@@ -42,13 +42,10 @@ class DataParallel(str, Enum):
     fsdp = "fsdp"
 
 
-class PromptType(str, Enum):
-    alpaca = "alpaca"
-    shortqa = "shortqa"
-    qg = "qg"
-    caption = "caption"
-    none = "None"
-    chat = "chat"
+# By a mapping, as the ancestor's name for "no prompt around the instruction" cannot be written as a class attribute.
+PromptType = Enum(
+    "PromptType", {name: name for name in ("alpaca", "shortqa", "qg", "caption", "None", "chat")}, type=str
+)
 
 
 class LoggerName(str, Enum):

@@ -115,12 +115,10 @@ def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature:
         raise UserError("generate() takes a list of prompts")
     if not prompts:
         return []
-    stop = stop_ids(model)
+    encoded, stop = _encode(model, prompts, max_new_tokens), stop_ids(model)
     answers: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    for tokens in generate_ids(
-        model, _encode(model, prompts, max_new_tokens), max_new_tokens, temperature, top_p, stop
-    ):
+    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop):
         for i, token in enumerate(tokens.tolist()):
             finished[i] = finished[i] or token in stop
             if not finished[i]:
@@ -130,10 +128,8 @@ def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature:
 
 def stream(model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
     """The growing answer to one prompt; a character whose bytes are not all there yet is held back."""
-    stop, answer = stop_ids(model), []
-    for tokens in generate_ids(
-        model, _encode(model, [prompt], max_new_tokens), max_new_tokens, temperature, top_p, stop
-    ):
+    encoded, stop, answer = _encode(model, [prompt], max_new_tokens), stop_ids(model), []
+    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop):
         token = int(tokens[0])
         if token in stop:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from operator import attrgetter
@@ -13,9 +14,10 @@ import yaml
 from conftest import alpaca_items, write_data
 from hydra import compose, initialize_config_dir
 
-import accessory.finetune
+import accessory
 from accessory.cli import CONFIG_DIR, FINETUNE_FLAGS, adopt_lora_settings, finetune_main, rewrite
-from accessory.config import Config, DataParallel, LlamaType, Precision, QuantMethod, to_typed
+from accessory.config import Config, DataParallel, LlamaType, Precision, PromptType, QuantMethod, to_typed
+from accessory.data.dataset import read_data_config
 from accessory.errors import UserError
 from accessory.tools import EvaluateConfig, ExportConfig
 
@@ -94,6 +96,11 @@ def test_flag_sets_its_key(words, key, value):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("name", ["alpaca", "shortqa", "qg", "caption", "None", "chat"])
+def test_prompt_type_is_given_by_the_name_that_data_files_use(name):
+    assert composed(f"data.prompt_type={name}").data.prompt_type is PromptType(name)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -127,26 +134,20 @@ AWKWARD = [
     "caret^tilde~at@plus+",
     "tab\there",
     "~/home",
-    "null",
     "true",
     "1e-3",
-    "-",
+    "2024_01",
+    "007",
 ]
 
 
 @pytest.mark.parametrize("path", AWKWARD)
-@pytest.mark.parametrize("form", ["value", "list", "equals"])
-def test_awkward_path_arrives_as_it_was_typed(path, form):
-    words = {
-        "value": ["--output_dir", path],
-        "list": ["--pretrained_path", "/models/base", path if "=" not in path else f"./{path}"],
-        "equals": [f"--output_dir={path}"],
-    }[form]
-    config = composed(*words)
-    if form == "list":
-        assert config.model.pretrained_path == words[1:]
-    else:
-        assert config.output_dir == path
+def test_awkward_path_arrives_as_it_was_typed(path):
+    folder = path if "=" not in path else f"./{path}"  # in a list, word=… is an override
+    config = composed("--output_dir", path, f"--tokenizer_path={path}", "--pretrained_path", "/models/base", folder)
+    assert config.output_dir == path
+    assert config.model.tokenizer_path == path
+    assert config.model.pretrained_path == ["/models/base", folder]
 
 
 def test_awkward_path_survives_a_real_command(tmp_path):
@@ -182,11 +183,11 @@ def test_multirun_trains_once_a_value_each_in_its_own_folder(tmp_path, meta_fold
     flags = ["--pretrained_path", str(meta_folder), "--data_config", str(data), "--output_dir", str(tmp_path / "out")]
     result = run_script(
         "--multirun", *flags, "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
-        "recipe=norm_bias,lora", cwd=tmp_path,
+        "recipe=norm_bias,norm_bias_lora", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     kept = [yaml.safe_load((tmp_path / "out" / job / "config.yaml").read_text()) for job in ("0", "1")]
-    assert [config["recipe"]["name"] for config in kept] == ["norm_bias", "lora"]
+    assert [config["recipe"]["name"] for config in kept] == ["norm_bias", "norm_bias_lora"]
     assert all((tmp_path / "out" / job / "trainable.safetensors").is_file() for job in ("0", "1"))
 
 
@@ -361,9 +362,50 @@ def test_tools_yaml_composes_to_its_schema(name, schema, overrides):
     assert config.quantization.method is QuantMethod.nf4
 
 
+DATA_YAMLS = sorted(CONFIG_DIR.glob("data/finetune/**/*.yaml"))
+
+
+@pytest.mark.parametrize("file", DATA_YAMLS, ids=lambda file: file.stem)
+def test_shipped_data_yaml_reads_the_file_it_names(file, tmp_path, monkeypatch):
+    """Its path is the ancestor's, ../data/NAME, seen from the folder that the commands run in."""
+    named = Path(yaml.safe_load(file.read_text())["META"][0]["path"])
+    (tmp_path / "accessory").mkdir()
+    monkeypatch.chdir(tmp_path / "accessory")
+    named.parent.mkdir(parents=True)
+    named.write_text(json.dumps(alpaca_items(1)))
+    (entry,) = read_data_config(str(file), None)
+    assert (entry.path, entry.prompt_type) == (named, PromptType.alpaca)
+
+
 def test_every_shipped_yaml_is_covered_here():
-    covered = {f"{option}.yaml" for option in GROUPS} | {"finetune.yaml", "evaluate.yaml", "export.yaml"}
-    assert {str(p.relative_to(CONFIG_DIR)) for p in CONFIG_DIR.rglob("*.yaml")} == covered
+    main = [CONFIG_DIR / f"{name}.yaml" for name in ("finetune", "evaluate", "export")]
+    options = [CONFIG_DIR / f"{option}.yaml" for option in GROUPS]
+    assert sorted(CONFIG_DIR.rglob("*.yaml")) == sorted([*main, *options, *DATA_YAMLS])
+
+
+# --- the published commands ------------------------------------------------------------------------------------------
+
+EXPS = sorted(SCRIPT.parent.glob("exps/finetune/*/*.sh"))
+
+
+@pytest.mark.parametrize("script", EXPS, ids=lambda script: script.stem)
+def test_published_command_composes(script, tmp_path):
+    """The script runs with a torchrun that only writes down what it was called with."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "torchrun"
+    stand_in.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done > {tmp_path}/words\n")
+    stand_in.chmod(0o755)
+    (tmp_path / "params.json").write_text("{}")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out put")}
+    command = ["bash", str(script), "my base", str(tmp_path / "params.json"), "tokenizer.model", "--lr", "0.5"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    words = (tmp_path / "words").read_text().splitlines()
+    config = composed(*words[words.index(str(SCRIPT)) + 1 :])
+    assert config.model.pretrained_path == ["my base"]
+    assert config.output_dir == str(tmp_path / "out put")
+    assert config.recipe.name == ("norm_bias_lora" if "Lora" in script.stem else "norm_bias")
+    assert config.quantization.method is QuantMethod.nf4
+    assert config.optim.lr == 0.5
 
 
 def test_unknown_flag_is_refused_before_hydra_sees_it():

@@ -18,17 +18,17 @@ pytestmark = [
 ]
 
 
-def small_model(recipe: RecipeConfig):
+def small_model(recipe: RecipeConfig, dtype: torch.dtype = torch.bfloat16):
     """Four blocks of dim 512 in NF4, random weights and trainables, on the GPU."""
     from accessory.checkpoint import _slots
 
     torch.manual_seed(0)
     params = {"dim": 512, "n_layers": 4, "n_heads": 8, "vocab_size": 1000}
     model = build_model(config_from_params(params, 1000, "test"))
-    quantize(model, QuantizationConfig(method=QuantMethod.nf4), torch.bfloat16)
+    quantize(model, QuantizationConfig(method=QuantMethod.nf4), dtype)
     add_trainables(model, recipe)
     device = torch.device("cuda")
-    for name, (shape, store, _) in _slots(model, device, torch.bfloat16):
+    for name, (shape, store, _) in _slots(model, device, dtype):
         store(0.02 * torch.randn(shape, device=device) + ("norm" in name))
     model.model.rotary_emb.to(device)
     mark_trainable(model, recipe)
@@ -52,16 +52,19 @@ def test_nf4_on_the_gpu_dequantizes_to_what_it_does_on_the_cpu():
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_compiled_blocks_give_the_gradients_of_eager_ones(lora):
+def test_compiled_blocks_are_as_near_to_fp32_gradients_as_eager_ones(lora):
     recipe = RecipeConfig(lora=lora)
     input_ids = torch.randint(1000, (2, 64), device="cuda")
+    exact = gradients(small_model(recipe, torch.float32), input_ids)
     eager = gradients(small_model(recipe), input_ids)
     model = small_model(recipe)
     for block in model.model.layers:
         block.compile()
-    for name, gradient in gradients(model, input_ids).items():
-        error = (gradient - eager[name]).norm() / eager[name].norm()
-        assert error < 3e-2, f"{name}: {error:.1e}"
+    compiled = gradients(model, input_ids)
+    scale = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    for name, reference in exact.items():
+        # A key's bias hardly moves the softmax: its gradient is all rounding, so errors are weighed against all of them.
+        assert (compiled[name] - reference).norm() < 2 * (eager[name] - reference).norm() + 1e-3 * scale, name
 
 
 def test_compiled_blocks_do_not_keep_dequantized_weights_for_backward():

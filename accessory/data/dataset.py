@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,14 +19,17 @@ from typing import Any, Optional
 
 import datasets
 import yaml
+from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from tqdm import tqdm
 
+from accessory.checkpoint import atomic_folder
 from accessory.config import DataConfig, PromptType
 from accessory.data.prompts import Example, dialog, encode, read_conversation, single_turn
 from accessory.errors import UserError, suggest
 from accessory.models.tokenizer import Tokenizer
 
+ITEMS_FILE, REPORT_FILE = "items.arrow", "report.json"
 FORMAT = 1  # part of the cache key: raise it when tokenized items change their meaning
 ENTRY_KEYS = ("path", "type", "preprocess", "prompt_type", "root")
 PREPROCESS = ("single_turn_llava", "caption")
@@ -114,12 +116,12 @@ def read_items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if suffix == ".json":
             yield from _read_json(path)
         elif suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"{path}:{number}", _parse_line(line, path, number)
         elif suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 header = file.readline()
                 file.seek(0)
                 for row in (reader := csv.DictReader(file, delimiter="\t" if "\t" in header else ",")):
@@ -132,7 +134,7 @@ def read_items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(content, list):
@@ -168,7 +170,10 @@ def to_example(item: Any, where: str, entry: Entry, config: DataConfig, tokenize
     if not item.get("output"):
         hint = "; it looks like a conversation: add --dialog" if "conversations" in item else ""
         raise UserError(f"{where}: no 'output' (an Alpaca item has instruction, input, output){hint}")
-    return single_turn(item, entry.prompt_type, tokenizer)
+    try:
+        return single_turn(item, entry.prompt_type, tokenizer)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _single_turn_llava(item: dict[str, Any], where: str) -> dict[str, Any]:
@@ -200,62 +205,40 @@ def open_dataset(path: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[d
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
-            if not (folder / "report.json").is_file():
+            if not (folder / REPORT_FILE).is_file():
                 _build(folder, entries, config, tokenizer)
     except OSError as error:
         raise UserError(f"data cache {folder}: {error.strerror or error}; choose another with data.cache_dir") from None
-    report = Report(**json.loads((folder / "report.json").read_text()))
+    report = Report(**json.loads((folder / REPORT_FILE).read_text()))
     if report.items == 0:
         raise UserError(f"--data_config {path}: no items in {', '.join(str(e.path) for e in entries)}")
     if report.items == report.without_answer:
         raise UserError(
             f"--max_words {config.max_words}: shorter than every prompt of {path}, no answer is left to learn"
         )
-    return datasets.load_from_disk(str(folder / "items")), report, key
+    return datasets.Dataset.from_file(str(folder / ITEMS_FILE)), report, key
 
 
 def _build(folder: Path, entries: list[Entry], config: DataConfig, tokenizer: Tokenizer) -> None:
     report = Report()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    datasets.disable_progress_bars()  # ours counts items of all files; theirs counts chunks
-    try:
-        rows = datasets.Dataset.from_generator(
-            _tokenize,
-            features=FEATURES,
-            cache_dir=str(partial / "work"),
-            gen_kwargs={"job": _Job(entries, config, tokenizer, report)},
-            fingerprint=folder.name,
-        )
-        rows.save_to_disk(str(partial / "items"))
-        (partial / "report.json").write_text(json.dumps(asdict(report)))
-        shutil.rmtree(partial / "work")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(folder) as partial:
+        with ArrowWriter(features=FEATURES, path=str(partial / ITEMS_FILE)) as writer:
+            for row in _tokenize(entries, config, tokenizer, report):
+                writer.write(row)
+            writer.finalize()
+        (partial / REPORT_FILE).write_text(json.dumps(asdict(report)))
 
 
-@dataclass
-class _Job:
-    entries: list[Entry]
-    config: DataConfig
-    tokenizer: Tokenizer
-    report: Report
-
-    def __reduce__(self) -> tuple:
-        # The library hashes its generator's arguments by pickling them; the cache key above already identifies them.
-        return (_Job, ([], None, None, None))
-
-
-def _tokenize(job: _Job) -> Iterator[dict[str, Any]]:
-    for entry in job.entries:
+def _tokenize(
+    entries: list[Entry], config: DataConfig, tokenizer: Tokenizer, report: Report
+) -> Iterator[dict[str, Any]]:
+    for entry in entries:
         bar = tqdm(
             read_items(entry.path), desc=f"tokenizing {entry.path.name}", unit="item", disable=not sys.stderr.isatty()
         )
         for where, item in bar:
-            ids, labels = encode(to_example(item, where, entry, job.config, job.tokenizer), job.tokenizer)
-            limit, report = job.config.max_words, job.report
+            ids, labels = encode(to_example(item, where, entry, config, tokenizer), tokenizer)
+            limit = config.max_words
             report.items += 1
             report.truncated += len(ids) > limit
             ids, labels = ids[:limit], labels[:limit]

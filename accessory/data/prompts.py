@@ -23,7 +23,7 @@ _TEMPLATES = {
     ),
     PromptType.qg: "Generate a question whose answer is:\n{instruction}\n\nQuestion:\n",
     PromptType.caption: "",
-    PromptType.none: "{instruction}",
+    PromptType["None"]: "{instruction}",
 }
 _ALPACA_WITH_INPUT = (
     f"{_TASK}, paired with an input that provides further context. {_COMPLETES}.\n\n"

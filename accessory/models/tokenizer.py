@@ -78,7 +78,10 @@ class Tokenizer:
         """Messages ({"role", "content"}) -> text in the tokenizer's own chat template."""
         if self.chat_template is None:
             raise UserError(f"{self.path}: the tokenizer has no chat template; choose another prompt_type")
-        return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        try:
+            return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        except Exception as error:  # a template raises what its author chose
+            raise UserError(f"the chat template of {self.path} refuses it ({error})") from None
 
     def save(self, folder: Path) -> None:
         """Copy what makes this tokenizer into `folder`, under the names that are looked for."""

@@ -72,12 +72,13 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         dx = dbias = None
+        payload = ctx.saved_tensors  # once: under activation checkpointing a second access is an error
         if ctx.needs_input_grad[0]:
             input_gradient = _input_gradient_operator if torch.compiler.is_compiling() else _input_gradient
-            dx = input_gradient(dy.contiguous(), ctx.saved_tensors, ctx.backend, *ctx.shape)
+            dx = input_gradient(dy.contiguous(), payload, ctx.backend, *ctx.shape)
         if ctx.has_bias and ctx.needs_input_grad[1]:
-            dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32)
-        return dx, dbias, None, None, *(None for _ in ctx.saved_tensors)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32)
+        return dx, dbias, None, None, *(None for _ in payload)
 
 
 class QuantLinear(nn.Module):
@@ -105,6 +106,11 @@ class QuantLinear(nn.Module):
     @property
     def is_loaded(self) -> bool:
         return all(tensor is not None for tensor in self.payload)
+
+    @property
+    def weight(self) -> Tensor:
+        """Empty; PEFT reads its device to put LoRA there (uint8, lest it read a dtype too). See `dequantize`."""
+        return torch.empty(0, dtype=torch.uint8, device=self.payload[0].device if self.is_loaded else "cpu")
 
     @torch.no_grad()
     def load_weight(self, weight: Tensor) -> None:

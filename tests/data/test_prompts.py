@@ -90,14 +90,14 @@ def pieces(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> list[str]
         (PromptType.shortqa, {"instruction": "Wrap it."}, SHORTQA),
         (PromptType.qg, {"instruction": "Wrap it."}, "Generate a question whose answer is:\nWrap it.\n\nQuestion:\n"),
         (PromptType.caption, {"instruction": "Wrap it."}, ""),
-        (PromptType.none, {"instruction": "Wrap it."}, "Wrap it."),
+        (PromptType["None"], {"instruction": "Wrap it."}, "Wrap it."),
     ],
 )
 def test_prompt_is_the_ancestors_to_the_letter(prompt_type, item, expected):
     assert format_prompt(item, prompt_type) == expected
 
 
-@pytest.mark.parametrize("prompt_type", [PromptType.alpaca, PromptType.shortqa, PromptType.qg, PromptType.none])
+@pytest.mark.parametrize("prompt_type", [PromptType.alpaca, PromptType.shortqa, PromptType.qg, PromptType["None"]])
 def test_braces_in_an_instruction_stay_as_they_are(prompt_type):
     assert "use {input} and {0}" in format_prompt({"instruction": "use {input} and {0}"}, prompt_type)
 
@@ -145,7 +145,7 @@ def test_token_0_can_be_learnt(tmp_path):
     tokenizer = whole_word_tokenizer(tmp_path, ["yes", "Question", ":"], template=None)
     assert tokenizer.encode("yes", bos=False, eos=False) == [0]
     ids, labels = encode(
-        single_turn({"instruction": "Question :", "output": " yes"}, PromptType.none, tokenizer), tokenizer
+        single_turn({"instruction": "Question :", "output": " yes"}, PromptType["None"], tokenizer), tokenizer
     )
     assert ids == [tokenizer.bos_id, 1, 2, 0, tokenizer.eos_id]
     assert labels == [-100, -100, -100, 0, tokenizer.eos_id]

@@ -197,6 +197,40 @@ def test_no_linear_of_a_whole_nf4_model_keeps_an_activation_under_norm_bias(hf_f
         assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == own, path
 
 
+def compiled_bf16_model(folder: Path, method: str) -> Llama:
+    """With the compiler's own choice of what backward keeps (the min-cut partitioner); code generation is left out."""
+    config, quantization = ModelConfig(pretrained_path=[str(folder)]), QuantizationConfig(method=QuantMethod(method))
+    model = assemble(config, quantization, RecipeConfig(), torch.device("cpu"), torch.bfloat16)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager_decomp_partition")
+    return model
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_compiled_blocks_keep_no_dequantized_weight(hf_folder, method):
+    model = compiled_bf16_model(hf_folder, method)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        batch_loss(model, training_batch())
+    own = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    shapes = {tuple(t.shape) for t in kept if t.is_floating_point() and t.untyped_storage().data_ptr() not in own}
+    weights = {layer.shape for layer in block_linears(model).values()}
+    assert shapes and not shapes & (weights | {shape[::-1] for shape in weights})
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_compiled_blocks_have_the_gradients_of_plain_ones(hf_folder, method):
+    gradients = []
+    for stance in ("default", "force_eager"):
+        model = compiled_bf16_model(hf_folder, method)
+        with torch.compiler.set_stance(stance):
+            batch_loss(model, training_batch()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, plain in gradients[1].items():
+        assert plain.abs().sum() > 0
+        assert (gradients[0][name] - plain).norm() < 0.05 * plain.norm(), name
+
+
 # --- what must not change it -----------------------------------------------------------------------------------------
 
 
