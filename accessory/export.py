@@ -69,7 +69,8 @@ def merged_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
         return linear_weight(layer, dtype)
     weight = layer.base_layer.dequantize(torch.float32)
     for name in layer.active_adapters:
-        weight += layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
+        # Not in place: an unquantized base hands out its own weight.
+        weight = weight + layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
     return weight.to(dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +90,22 @@ def two_ranks(tmp_path_factory, meta_folder, nine_items) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     changes = {"train.batch_size": 1, "train.accum_iter": 2, "quantization.method": "nf4"}
     settings = tiny_settings(meta_folder, nine_items, folder / "out", **(RUN | changes | validation(folder)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launcher, str(SCRIPT), *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=150
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert result.returncode == 0, result.stderr
+    try:
+        output, _ = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        raise
+    assert process.returncode == 0, output
     return folder / "out"
 
 
@@ -194,7 +204,7 @@ def test_checkpoint_of_another_recipe_is_refused_by_the_name_that_differs(meta_f
 
 def test_state_is_the_trainables_alone_and_comes_back(meta_folder):
     module = FinetuneModule(tiny_model(meta_folder), OptimConfig(), steps_per_epoch=1, epochs=1)
-    state = module.state_dict()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
     assert len(state) == 14 + 5
     module.load_state_dict({name: value + 1 for name, value in state.items()})
     assert all(torch.equal(value, state[name] + 1) for name, value in module.state_dict().items())

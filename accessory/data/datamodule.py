@@ -7,6 +7,7 @@ needs to know nothing but how many micro-batches were done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -207,7 +208,7 @@ class DataModule(LightningDataModule):
 
     def _loader(self, items: datasets.Dataset, plan: BatchPlan) -> PlannedLoader:
         width = self.config.max_words if self.config.packing else None
-        workers = self.config.num_workers
+        workers = min(self.config.num_workers, os.cpu_count() or 1)  # more only take turns
         return PlannedLoader(
             TokenDataset(items, width, self.pad_id),
             sampler=_PlanSampler(plan, self.rank),

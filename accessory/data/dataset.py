@@ -30,7 +30,7 @@ from accessory.errors import UserError, suggest
 from accessory.models.tokenizer import Tokenizer
 
 ITEMS_FILE, REPORT_FILE = "items.arrow", "report.json"
-FORMAT = 1  # part of the cache key: raise it when tokenized items change their meaning
+FORMAT = 2  # part of the cache key: raise it when tokenized items change their meaning or layout
 ENTRY_KEYS = ("path", "type", "preprocess", "prompt_type", "root")
 PREPROCESS = ("single_turn_llava", "caption")
 FEATURES = datasets.Features(

@@ -259,6 +259,15 @@ def test_casting_the_module_leaves_payload_and_bias_as_they_are(backend, cast):
         assert torch.equal(after[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_bias_loaded_over_another_trains_if_that_one_did(trains):
+    layer = layer_with(NF4())
+    layer.bias.requires_grad_(trains)
+    layer.load_bias(torch.ones(OUT, dtype=torch.bfloat16))
+    assert layer.bias.requires_grad is trains
+    assert layer.bias.dtype == torch.float32 and layer.bias.sum() == OUT
+
+
 def test_moving_the_module_moves_payload_and_bias():
     layer = layer_with(NF4()).to("meta")
     assert {tensor.device.type for tensor in (*layer.payload, layer.bias)} == {"meta"}
