@@ -11,7 +11,6 @@ half a head apart (weight, bias and lora_b alike); and tensors are split over mo
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -72,8 +71,6 @@ class Folder:
     def tensor(self, name: str) -> Tensor:
         try:
             return self._read[name]()
-        except KeyError:
-            raise UserError(f"{self.path}: {name} is not in every shard; is one from another checkpoint?") from None
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{self.path}: {name} cannot be read ({_first_line(error)}); is a file truncated?"
@@ -157,6 +154,9 @@ def _open_sharded(folder: Path, kind: str) -> Folder:
     params = read_json(config_file) if config_file.is_file() else {}
     meta = read_json(folder / META_FILE) if (folder / META_FILE).is_file() else {}
     shards = [_load_pth(found[rank]) for rank in range(count)]
+    for rank, shard in enumerate(shards):
+        if odd := sorted(name for name in shard.keys() ^ shards[0].keys() if not _ignored(name)):
+            raise UserError(f"{folder}: {odd[0]} is in only one of {found[0].name} and {found[rank].name}")
     read = {_canonical(name, folder): _unattached for name in shards[0] if not _ignored(name)}
     first_row = {
         _canonical(name, folder): (lambda name=name: shards[0][name][:1]) for name in shards[0] if not _ignored(name)
@@ -198,7 +198,7 @@ def _unattached() -> Tensor:
 def _load_pth(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except Exception as error:  # the unpickler raises whatever it meets in a damaged file
         raise UserError(f"{path}: not a whole PyTorch checkpoint ({_first_line(error)})") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]

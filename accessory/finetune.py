@@ -111,7 +111,6 @@ def _settings(config: Config, model: Llama, data: DataModule, world: World) -> d
     settings = {
         "base": model.base["fingerprint"],
         "tokenizer": model.tokenizer.fingerprint(),
-        "data": data.key,
         "val_fraction": config.data.val_fraction,
         "quantization": asdict(config.quantization),
         "recipe": asdict(config.recipe),
@@ -125,6 +124,7 @@ def _settings(config: Config, model: Llama, data: DataModule, world: World) -> d
         "precision": config.train.precision,
         "optim": asdict(config.optim),
         "seed": config.seed,
+        "data": data.key,
     }
     return json.loads(json.dumps(settings))  # as run.json will give it back
 

@@ -40,7 +40,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     ordered, index = probabilities.sort(-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
+    beyond = ordered.cumsum(-1) - ordered >= top_p  # not the token that crosses top_p
+    beyond[:, 0] = False  # and never the likeliest
+    ordered[beyond] = 0
     drawn = torch.multinomial(ordered, 1, generator=generator)  # normalises by itself
     return index.gather(-1, drawn).squeeze(-1)
 

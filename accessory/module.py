@@ -58,7 +58,9 @@ class FinetuneModule(LightningModule):
         trainables = [p for p in self.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
-        if not torch.isfinite(loss + norm):
+        # With loss scaling an overflowing gradient is routine: the scaler skips that step and lowers its scale.
+        scales_loss = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not torch.isfinite(loss if scales_loss else loss + norm):
             self._stop_non_finite(norm)
         loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
         self.log_dict({"loss": loss, "grad_norm": norm}, prog_bar=True)

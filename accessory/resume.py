@@ -146,7 +146,7 @@ def _compare(run_file: Path, settings: dict[str, Any]) -> None:
             f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir"
         )
     started_with = json.loads(run_file.read_text())
-    for key in sorted(started_with.keys() | settings.keys()):
+    for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
         before, now = started_with.get(key), settings.get(key)
         if before != now:
             raise UserError(

@@ -151,7 +151,7 @@ def test_awkward_path_arrives_as_it_was_typed(path):
 
 
 def test_awkward_path_survives_a_real_command(tmp_path):
-    path = "it's a/lr=0.1, \"b\" {x}"
+    path = 'it\'s a/lr=0.1, "b" {x}'
     result = run_script(*REQUIRED, "--output_dir", path, "--cfg", "job", cwd=tmp_path)
     assert yaml.safe_load(result.stdout)["output_dir"] == path
 
@@ -343,7 +343,12 @@ def test_flags_win_over_an_experiment():
 
 def test_finetune_yaml_says_the_same_defaults_as_the_dataclasses():
     config, plain = composed(), Config()
-    assert (config.optim, config.train, config.save, config.recipe) == (plain.optim, plain.train, plain.save, plain.recipe)
+    assert (config.optim, config.train, config.save, config.recipe) == (
+        plain.optim,
+        plain.train,
+        plain.save,
+        plain.recipe,
+    )
     assert (config.quantization, config.strategy, config.logger) == (plain.quantization, plain.strategy, plain.logger)
     assert (config.seed, config.output_dir) == (plain.seed, plain.output_dir)
 

@@ -235,7 +235,9 @@ def test_bf16_nf4_training_keeps_trainables_and_moments_fp32_and_the_base_as_it_
 ):
     def bits(model) -> dict[str, bytes]:
         frozen = dict(model.named_buffers()) | {n: p for n, p in model.named_parameters() if not p.requires_grad}
-        return {name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in frozen.items()}
+        return {
+            name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in frozen.items()
+        }
 
     before = {}
     caught_model["prepare"] = lambda model: before.update(bits(model))
@@ -309,7 +311,9 @@ def test_non_finite_loss_names_step_and_items_and_leaves_the_weights(tmp_path, m
     items = alpaca_items(8)
     (rare,) = set(tokenizer.encode("Q", bos=False, eos=False)) - set(tokenizer.encode("W", bos=False, eos=False))
     items[5]["output"] += " Q"
-    assert [i for i, item in enumerate(items) if rare in tokenizer.encode(item["instruction"] + item["output"], 0, 0)] == [5]
+    assert [
+        i for i, item in enumerate(items) if rare in tokenizer.encode(item["instruction"] + item["output"], 0, 0)
+    ] == [5]
     initial = {}
 
     def spoil(model):
@@ -320,7 +324,9 @@ def test_non_finite_loss_names_step_and_items_and_leaves_the_weights(tmp_path, m
     caught_model["prepare"] = spoil
     data = short_data(tmp_path / "data", items)
     changes = {"train.batch_size": 1, "train.accum_iter": 8, "recipe.lora": True}
-    with pytest.raises(UserError, match=r"step 1: the loss is not finite; stopped before the update\..*: \[5\]\. Lower"):
+    with pytest.raises(
+        UserError, match=r"step 1: the loss is not finite; stopped before the update\..*: \[5\]\. Lower"
+    ):
         finetune(tiny_config(meta_folder, data, tmp_path / "out", **changes))
     after = {name: p for name, p in caught_model["model"].named_parameters() if p.requires_grad}
     assert_same_bits(after, initial)
@@ -423,9 +429,7 @@ def test_interrupted_run_continues_to_the_same_bits(
     assert_same_bits(trainables(out), trainables(uninterrupted))
 
 
-def test_run_interrupted_twice_continues_to_the_same_bits(
-    tmp_path, meta_folder, data, uninterrupted, monkeypatch
-):
+def test_run_interrupted_twice_continues_to_the_same_bits(tmp_path, meta_folder, data, uninterrupted, monkeypatch):
     config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED)
     interrupt(monkeypatch, config, 8)
     interrupt(monkeypatch, config, 12)

@@ -216,6 +216,9 @@ class DataModule(LightningDataModule):
             num_workers=workers,
             pin_memory=self.config.pin_mem and torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            # A loader draws a seed for its workers whenever it is iterated, from the global state by default;
+            # and a resumed run iterates at other moments than the first one did.
+            generator=torch.Generator(),
         )
 
 

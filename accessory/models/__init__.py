@@ -68,9 +68,13 @@ def config_from_params(params: dict[str, Any], vocab_size: int, source: str) -> 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(p["rope_theta"])}
     if p["rope_scaling"] is not None:  # positions are multiplied by it; transformers divides by its factor
         rope |= {"rope_type": "linear", "factor": 1.0 / float(p["rope_scaling"])}
+    for key in ("dim", "n_layers", "n_heads", "multiple_of"):
+        if not isinstance(p[key], int) or p[key] < 1:
+            raise UserError(f"{source}: {key}={p[key]!r}: must be a whole number above 0")
     if p["dim"] % p["n_heads"]:
         raise UserError(f"{source}: dim={p['dim']} is not a multiple of n_heads={p['n_heads']}")
-    return LlamaConfig(
+    return _checked_config(
+        source,
         vocab_size=p["vocab_size"] if p["vocab_size"] > 0 else vocab_size,
         hidden_size=p["dim"],
         intermediate_size=hidden_size_of_mlp(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"]),
@@ -86,6 +90,13 @@ def config_from_params(params: dict[str, Any], vocab_size: int, source: str) -> 
     )
 
 
+def _checked_config(source: str, **values: Any) -> LlamaConfig:
+    try:
+        return LlamaConfig(**values)
+    except Exception as error:  # the library's validators raise errors of their own, over several lines
+        raise UserError(f"{source}: {' '.join(str(error).split())[:300]}") from None
+
+
 def config_from_hf(path: Path) -> LlamaConfig:
     """A Hugging Face config.json -> LlamaConfig; other architectures are refused."""
     content = read_json(path)
@@ -93,7 +104,7 @@ def config_from_hf(path: Path) -> LlamaConfig:
         raise UserError(f"{path}: model_type={content.get('model_type')!r}; only 'llama' is supported")
     if content.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act={content['hidden_act']!r}; only 'silu' is supported")
-    return LlamaConfig.from_dict(content)
+    return _checked_config(str(path), **content)
 
 
 def build_model(config: LlamaConfig) -> Llama:
