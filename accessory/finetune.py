@@ -160,14 +160,24 @@ def _compile(model: Llama, config: Config, world: World) -> None:
             block.compile()
 
 
+def _wandb(config: LoggerConfig, output_dir: Path) -> Logger:
+    from pytorch_lightning.loggers import WandbLogger
+
+    try:
+        logger = WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir, offline=config.offline)
+        logger.experiment  # noqa: B018  connects: a missing login shows now, not after the model is loaded
+    except Exception as error:  # wandb's errors share no base that it exports
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"logger=wandb: {reason}; run `wandb login`, or log without network: logger.offline=true"
+        ) from None
+    return logger
+
+
 def _loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=10)]
     if config.name is LoggerName.wandb:
-        from pytorch_lightning.loggers import WandbLogger
-
-        loggers.append(
-            WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir, offline=config.offline)
-        )
+        loggers.append(_wandb(config, output_dir))
     elif config.name is LoggerName.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -155,8 +156,6 @@ def test_log_has_a_row_of_figures_for_every_step(finished):
 
 def test_logged_rate_is_the_one_that_the_step_was_taken_with(finished):
     """8 steps an epoch: 4 of warmup, then 12 of a cosine from 1e-2 to 1e-3."""
-    import math
-
     warmup = [1e-2 * step / 4 for step in (1, 2, 3, 4)]
     cosine = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * step / 12)) for step in range(1, 13)]
     assert logged(finished, "lr") == pytest.approx(warmup + cosine, rel=1e-5)
@@ -357,6 +356,17 @@ def test_fp16_overflow_lowers_the_loss_scale_and_goes_on(tmp_path, meta_folder, 
     assert not torch.equal(norm, accessory.load_model(str(meta_folder)).model.norm.weight)
 
 
+def test_fp16_gradient_that_stays_non_finite_stops_the_run(tmp_path, meta_folder, data, caught_model):
+    """Otherwise every step would be skipped, and the result be what was there before."""
+
+    def spoil(model):
+        model.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+
+    caught_model["prepare"] = spoil
+    with pytest.raises(UserError, match=r"the gradient \(norm nan\) is not finite"):
+        finetune(tiny_config(meta_folder, data, tmp_path / "out", **{"train.precision": "fp16", "train.epochs": 3}))
+
+
 # --- never losing work -----------------------------------------------------------------------------------------------
 
 # 30 items to train on in steps of 2 x 2: 7 whole steps and a half one an epoch, 16 steps in all; LoRA with dropout, so
@@ -435,6 +445,25 @@ def test_run_interrupted_twice_continues_to_the_same_bits(tmp_path, meta_folder,
     interrupt(monkeypatch, config, 12)
     out = finetune(config)
     assert_same_bits(trainables(out), trainables(uninterrupted))
+
+
+def test_checkpoint_on_the_last_step_of_an_epoch_continues_to_the_same_bits(
+    tmp_path, meta_folder, data, uninterrupted, monkeypatch
+):
+    """Step 8 ends the first epoch: its checkpoint is written before that epoch's validation."""
+    config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED | {"save.step_interval": 4})
+    interrupt(monkeypatch, config, 18)
+    assert checkpoints(tmp_path / "out")[-1] == "step-00000008"
+    assert_same_bits(trainables(finetune(config)), trainables(uninterrupted))
+
+
+def test_continued_run_counts_tokens_per_second_from_its_own_start(tmp_path, meta_folder, data, monkeypatch):
+    config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED)
+    interrupt(monkeypatch, config, 14)
+    out = finetune(config)
+    with (out / "logs" / "version_1" / "metrics.csv").open(newline="") as file:
+        first, *others = [float(row["tokens_per_s"]) for row in csv.DictReader(file) if row["tokens_per_s"]]
+    assert first > min(others) / 100
 
 
 def test_curves_of_a_continued_run_are_those_of_an_uninterrupted_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_finetune import SCRIPT, logged, short_data, tiny_config, tiny_settings
 import accessory
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, OptimConfig, QuantizationConfig, RecipeConfig
+from accessory.data.datamodule import DataModule
 from accessory.data.dataset import open_dataset
 from accessory.errors import UserError
 from accessory.finetune import finetune
@@ -84,12 +86,8 @@ def validation(folder: Path) -> dict[str, str]:
     return {"data.val_config": str(short_data(folder / "val", alpaca_items(20)[9:]))}
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, meta_folder, nine_items) -> Path:
-    """The output of the same run on two processes with gloo, 1 row each and 2 micro-batches a step, nf4."""
-    folder = tmp_path_factory.mktemp("ranks")
-    changes = {"train.batch_size": 1, "train.accum_iter": 2, "quantization.method": "nf4"}
-    settings = tiny_settings(meta_folder, nine_items, folder / "out", **(RUN | changes | validation(folder)))
+def run_two_ranks(folder: Path, settings: dict) -> tuple[int, str]:
+    """main_finetune.py on two processes with gloo, through torchrun; its exit code and what it printed."""
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *words],
@@ -103,18 +101,41 @@ def two_ranks(tmp_path_factory, meta_folder, nine_items) -> Path:
     try:
         output, _ = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
         raise
-    assert process.returncode == 0, output
-    return folder / "out"
+    return process.returncode, output
 
 
-def test_update_of_two_ranks_is_that_of_one(two_ranks, tmp_path, meta_folder, nine_items):
+def test_update_and_validation_of_two_ranks_are_those_of_one(tmp_path, meta_folder, nine_items):
+    """1 row and 2 micro-batches each; 11 items to validate on, so that the ranks' shares differ."""
     changes = RUN | {"quantization.method": "nf4"} | validation(tmp_path)
-    alone = finetune(tiny_config(meta_folder, nine_items, tmp_path / "out", **changes))
-    assert update_distance(alone, two_ranks, meta_folder) < 1e-4
-    assert logged(two_ranks, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
-    assert logged(two_ranks, "val_loss") == pytest.approx(logged(alone, "val_loss"), rel=1e-5)
+    alone = finetune(tiny_config(meta_folder, nine_items, tmp_path / "alone", **changes))
+    changes |= {"train.batch_size": 1, "train.accum_iter": 2}
+    code, output = run_two_ranks(tmp_path, tiny_settings(meta_folder, nine_items, tmp_path / "two", **changes))
+    assert code == 0, output
+    assert update_distance(alone, tmp_path / "two", meta_folder) < 1e-4
+    for name in ("loss", "val_loss"):
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(alone, name), rel=1e-5)
+
+
+def test_item_with_a_non_finite_loss_is_named_whichever_rank_has_it(tmp_path, meta_folder, tokenizer):
+    """Two items, one a rank; the loss of rank 1's is NaN, its token's embedding being so."""
+    (rare,) = set(tokenizer.encode("Q", False, False)) - set(tokenizer.encode("W", False, False))
+    base = tmp_path / "base"
+    shutil.copytree(meta_folder, base)
+    weights = torch.load(base / "consolidated.00.pth")
+    weights["tok_embeddings.weight"][rare] = torch.nan
+    torch.save(weights, base / "consolidated.00.pth")
+    items = [{"instruction": "the text", "output": letter} for letter in ("W", "Q")]
+    data = short_data(tmp_path / "data", items)
+    settings = tiny_settings(base, data, tmp_path / "out", **{"train.batch_size": 1})
+    config = tiny_config(base, data, tmp_path / "out")
+    plan = DataModule(config.data, tokenizer, batch_size=1, accum_iter=1, world_size=2, rank=1, seed=0).train_plan
+    assert [micro.rows for micro in plan.epoch(0, rank=1)] == [[[1]]]
+    code, output = run_two_ranks(tmp_path, settings)
+    assert code != 0
+    assert "step 1: the loss is not finite" in output
+    assert ": [1]. Lower --lr" in output
 
 
 # --- one step by brute force -----------------------------------------------------------------------------------------
