@@ -165,7 +165,7 @@ def _wandb(config: LoggerConfig, output_dir: Path) -> Logger:
 
     try:
         logger = WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir, offline=config.offline)
-        logger.experiment  # noqa: B018  connects: a missing login shows now, not after the model is loaded
+        logger.experiment  # noqa: B018  connects: a missing login shows before training
     except Exception as error:  # wandb's errors share no base that it exports
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -240,11 +240,10 @@ def test_bf16_nf4_training_keeps_trainables_and_moments_fp32_and_the_base_as_it_
 
     before = {}
     caught_model["prepare"] = lambda model: before.update(bits(model))
-    changes = {"train.precision": "bf16", "quantization.method": "nf4", "recipe.lora": True, "train.val_interval": 0.5}
-    config = tiny_config(meta_folder, data, tmp_path / "out", **changes, **{"data.val_fraction": 0.1})
-    config.save.epoch_interval, config.train.max_steps, config.train.epochs, config.train.batch_size = 1, 10, 2, 7
-    config.save.step_interval = 5
-    out = finetune(config)
+    changes = {"train.precision": "bf16", "quantization.method": "nf4", "recipe.lora": True}
+    changes |= {"train.epochs": 2, "train.max_steps": 10, "train.batch_size": 7, "save.step_interval": 5}
+    changes |= {"data.val_fraction": 0.1, "train.val_interval": 0.5}
+    out = finetune(tiny_config(meta_folder, data, tmp_path / "out", **changes))
 
     state = torch.load(out / "checkpoints" / "step-00000010" / "state.ckpt", weights_only=False)
     moments = state["optimizer_states"][0]["state"].values()
@@ -588,13 +587,13 @@ def test_continuing_with_another_setting_is_refused_naming_both(section, name, v
 
 def test_continuing_with_other_data_is_refused(interrupted, data):
     short_data(data.parent, alpaca_items(41))
-    with pytest.raises(UserError, match="its run was started with data='[0-9a-f]+', this one has '[0-9a-f]+'"):
+    with pytest.raises(UserError, match=r"its run was started with data='[0-9a-f]+', this one has '[0-9a-f]+'"):
         finetune(interrupted)
 
 
 def test_continuing_on_another_base_is_refused(interrupted, hf_folder):
     interrupted.model.pretrained_path = [str(hf_folder)]
-    with pytest.raises(UserError, match="its run was started with base='[0-9a-f]+', this one has '[0-9a-f]+'"):
+    with pytest.raises(UserError, match=r"its run was started with base='[0-9a-f]+', this one has '[0-9a-f]+'"):
         finetune(interrupted)
 
 

@@ -76,13 +76,20 @@ def test_json_jsonl_and_csv_give_the_same_items(write, tmp_path):
     assert [item for _, item in read_items(file)] == ITEMS
 
 
-@pytest.mark.parametrize(("suffix", "mark"), [(".json", "["), (".jsonl", ""), (".csv", "")])
-def test_byte_order_mark_in_front_of_a_file_is_no_part_of_it(suffix, mark, tmp_path):
+@pytest.mark.parametrize("write", [write_json, write_jsonl, write_csv])
+def test_byte_order_mark_in_front_of_a_file_is_no_part_of_it(write, tmp_path):
     """Spreadsheets write one; read as text it would hide the first column's name, and so every instruction."""
-    (write_json if suffix == ".json" else write_jsonl if suffix == ".jsonl" else write_csv)(tmp_path / "data")
-    file = tmp_path / f"data{suffix}"
+    write(tmp_path / "data")
+    file = next(tmp_path.glob("data.*"))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert [item for _, item in read_items(file)] == ITEMS
+
+
+def test_field_of_a_table_may_be_as_long_as_a_book(tmp_path):
+    """Python's csv module stops at 131,072 characters unless told otherwise."""
+    (tmp_path / "data.csv").write_text(f"instruction,output\nRead,{'text ' * 100_000}\n")
+    ((_, item),) = read_items(tmp_path / "data.csv")
+    assert len(item["output"]) == 500_000
 
 
 def test_json_and_jsonl_are_trained_on_alike(tmp_path, tokenizer):
@@ -225,7 +232,7 @@ def test_missing_yaml_is_refused_by_its_flag(tmp_path):
 
 def test_conversations_without_dialog_get_the_hint(tmp_path, tokenizer):
     config = configure(tmp_path, {"path": data_file(tmp_path, [{"conversations": TURNS}])})
-    with pytest.raises(UserError, match="item 0: no 'output'.*it looks like a conversation: add --dialog"):
+    with pytest.raises(UserError, match=r"item 0: no 'output'.*it looks like a conversation: add --dialog"):
         opened(config, tokenizer)
     assert len(opened(config, tokenizer, dialog=True)[0]) == 1
 
@@ -252,7 +259,7 @@ def test_caption_data_is_refused_on_a_language_only_model(tmp_path, tokenizer):
 
 
 def test_cut_items_and_items_without_an_answer_are_counted(tmp_path, tokenizer):
-    """With prompt_type None an item is BOS + instruction + output + EOS; lengths are taken from the tokenizer itself."""
+    """With prompt_type None an item is BOS + instruction + output + EOS; the tokenizer itself says how long that is."""
     items = [
         {"instruction": "a", "output": "b"},  # fits
         {"instruction": "a", "output": "the text " * 40},  # its answer is cut
@@ -303,7 +310,7 @@ def test_second_opening_does_not_tokenize_again(data_yaml, tokenizer, encodings)
 @pytest.mark.parametrize(
     "change",
     [
-        {"items": alpaca_items(39) + [{"instruction": "new", "output": "text"}]},
+        {"items": [*alpaca_items(39), {"instruction": "new", "output": "text"}]},
         {"settings": {"max_words": 200}},
         {"settings": {"prompt_type": PromptType.shortqa}},
         {"entry": {"prompt_type": "qg"}},

@@ -43,7 +43,7 @@ SYSTEM = (
 
 @pytest.fixture(scope="module")
 def llama_tokenizer(tmp_path_factory) -> Tokenizer:
-    """A sentencepiece model with LLaMA 2's settings: it keeps newlines and repeated spaces, and adds a space in front."""
+    """A sentencepiece model with LLaMA 2's settings: newlines and repeated spaces stay, a space is put in front."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / "text.txt").write_text("\n".join(corpus()))
     sentencepiece.SentencePieceTrainer.train(
@@ -164,7 +164,8 @@ CONVERSATION = [
 def test_dialog_text_is_the_ancestors_to_the_letter(tokenizer):
     messages = read_conversation({"conversations": CONVERSATION})
     assert dialog(messages, PromptType.alpaca, tokenizer).text == (
-        f"{SYSTEM}\n\n### Human: Wrap it.\n### Assistant: the text\n### Human: And now?\n### Assistant: short lines\n###"
+        f"{SYSTEM}\n\n### Human: Wrap it.\n### Assistant: the text\n"
+        "### Human: And now?\n### Assistant: short lines\n###"
     )
 
 
@@ -219,7 +220,7 @@ def test_sharegpt_names_of_speakers_are_understood(speaker, role):
     ],
 )
 def test_conversation_that_cannot_be_read_says_what_is_off(item, named):
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError) as caught:
         read_conversation(item)
     assert named in str(caught.value)
 
@@ -308,7 +309,8 @@ def test_chat_template_learns_every_assistant_turn_of_a_dialog_only(chatml):
     ids, labels = encode(dialog(turns, PromptType.chat, chatml), chatml)
     assert words(ids, chatml) == (
         "<s> <|im_start|> system short <|im_end|> <|im_start|> user wrap it <|im_end|> "
-        "<|im_start|> assistant the text <|im_end|> <|im_start|> user now <|im_end|> <|im_start|> assistant lines <|im_end|>"
+        "<|im_start|> assistant the text <|im_end|> <|im_start|> user now <|im_end|> "
+        "<|im_start|> assistant lines <|im_end|>"
     )
     assert pieces(ids, labels, chatml) == ["the text <|im_end|>", "lines <|im_end|>"]
 
@@ -359,7 +361,7 @@ def test_template_without_generation_prompt_learns_answer_and_eos(tmp_path):
 def test_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     tokenizer = whole_word_tokenizer(tmp_path / "rewrites", WORDS, REWRITES)
     turns = read_conversation({"conversations": CONVERSATION})
-    with pytest.raises(UserError, match="rewrites earlier turns.*another prompt_type"):
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*another prompt_type"):
         dialog(turns, PromptType.chat, tokenizer)
 
 
