@@ -31,7 +31,7 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._tokens, self._since = 0, time.perf_counter()
 
-    on_validation_end = on_train_epoch_start
+    on_train_start = on_validation_end = on_train_epoch_start  # a resumed epoch has no start of its own
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         self._lr = optimizer.param_groups[-1]["lr"]  # the step's own; afterwards the scheduler has moved on

@@ -16,6 +16,7 @@ from accessory.models.llama import Llama
 from accessory.models.loss import summed_cross_entropy
 from accessory.optim import make_optimizer, make_scheduler
 from accessory.quantization import linear_weight
+from accessory.strategies import gather
 from accessory.tuning.recipe import canonical_name, trainable_state
 
 
@@ -58,21 +59,27 @@ class FinetuneModule(LightningModule):
         trainables = [p for p in self.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
-        # With loss scaling an overflowing gradient is routine: the scaler skips that step and lowers its scale.
-        scales_loss = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not torch.isfinite(loss if scales_loss else loss + norm):
+        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")  # first: so that all ranks stop, or none
+        if not torch.isfinite(loss + norm) and not self._is_overflow(loss):
             self._stop_non_finite(norm)
-        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
         self.log_dict({"loss": loss, "grad_norm": norm}, prog_bar=True)
         self._micro.clear()
 
+    def _is_overflow(self, loss: Tensor) -> bool:
+        """With loss scaling an overflowing gradient is routine: the scaler skips that step and lowers its scale. Below
+        a scale of 1 it was no overflow."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None and bool(torch.isfinite(loss)) and scaler.get_scale() > 1
+
     def _stop_non_finite(self, norm: Tensor) -> None:
-        bad = [items for loss, items in self._micro if not torch.isfinite(loss)]
-        items = sorted(i for part in (bad or [items for _, items in self._micro]) for i in part)
+        ranks = gather([(bool(torch.isfinite(loss)), items) for loss, items in self._micro])
+        micro = [part for parts in ranks for part in parts]
+        bad = [items for finite, items in micro if not finite]
+        items = sorted({i for part in (bad or [items for _, items in micro]) for i in part})
         what = "loss" if bad else f"gradient (norm {norm.item()})"
         raise UserError(
-            f"step {self.global_step + 1}: the {what} is not finite; stopped before the update. Items of that step on "
-            f"rank {self.global_rank} (numbers within the training split): {items}. Lower --lr, or look at these items"
+            f"step {self.global_step + 1}: the {what} is not finite; stopped before the update. Items of that step "
+            f"(numbers within the training split): {items}. Lower --lr, or look at these items"
         )
 
     def on_validation_epoch_start(self) -> None:

@@ -20,6 +20,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from accessory.checkpoint import atomic_folder, sha256
 from accessory.config import SaveConfig
 from accessory.errors import UserError
+from accessory.strategies import gather
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
 
@@ -50,7 +51,7 @@ class Checkpoints(Callback):
         if trainer.global_step == self._saved_at:
             return
         self._saved_at = trainer.global_step
-        rng = _gather(random_state())
+        rng = gather(random_state())
         target = self.folder / f"step-{trainer.global_step:08d}"
         if not trainer.is_global_zero:
             trainer.save_checkpoint(target)  # takes part in the barriers; only rank 0 writes
@@ -88,14 +89,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
-    if not torch.distributed.is_initialized():
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -45,6 +45,15 @@ def find_world() -> World:
     return World(rank, local_rank, size, local_size, torch.device("cuda", local_rank))
 
 
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in their order."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def make_strategy(config: StrategyConfig, world: World) -> Strategy:
     if config.data_parallel is DataParallel.fsdp and world.size > 1:
         raise UserError("--data_parallel fsdp is not part of this version; use --data_parallel sdp")

@@ -30,6 +30,7 @@ from accessory.errors import UserError, suggest
 from accessory.models.tokenizer import Tokenizer
 
 ITEMS_FILE, REPORT_FILE = "items.arrow", "report.json"
+csv.field_size_limit(2**31 - 1)  # of a text field; 131,072 characters unless told otherwise
 FORMAT = 2  # part of the cache key: raise it when tokenized items change their meaning or layout
 ENTRY_KEYS = ("path", "type", "preprocess", "prompt_type", "root")
 PREPROCESS = ("single_turn_llava", "caption")
