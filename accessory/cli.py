@@ -25,6 +25,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+# GNU OpenMP's threads spin for each other, for ever by default: on a CPU that others use too, a step of many small
+# operations was seen to take 28 s instead of 2. Read when torch is loaded, which comes later.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 from accessory.config import Config, describe, to_typed
 from accessory.errors import UserError, suggest
 

@@ -39,8 +39,15 @@ def step(number: int, text: str) -> None:
 
 def train(model: Path, data: dict[str, Path], output: Path) -> None:
     """Run the command a user would type, and show it."""
-    command = ["main_finetune.py", *TRAINING, "--pretrained_path", str(model), "--data_config", str(data["train_config"]),
-               f"data.val_config={data['val_config']}", "--output_dir", str(output)]  # fmt: skip
+    paths = ["--pretrained_path", str(model), "--data_config", str(data["train_config"])]
+    command = [
+        "main_finetune.py",
+        *TRAINING,
+        *paths,
+        f"data.val_config={data['val_config']}",
+        "--output_dir",
+        str(output),
+    ]
     print("python " + " ".join(command), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
@@ -95,8 +102,9 @@ def main() -> None:
         ("NF4 base + tuned norms and biases", tuned, megabytes(output / "trainable.safetensors")),
     ]
     report(rows, questions, {"before": before, "after": after})
-    print(f"\nloss curve: {output / 'curves.png'}\nask it: python demos/single_turn.py --pretrained_path {model} {output} "
-          f"--quant --prompt '{questions[1]['instruction']}'")  # fmt: skip
+    print(f"\nloss curve: {output / 'curves.png'}")
+    ask = f"demos/single_turn.py --pretrained_path {model} {output} --quant --prompt '{questions[1]['instruction']}'"
+    print(f"ask it: .venv/bin/python {ask}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     if tuned >= base:
         sys.exit(f"the tuned model's perplexity {tuned:.2f} is not below the 16-bit base's {base:.2f}")

@@ -63,7 +63,7 @@ def test_compiled_blocks_are_as_near_to_fp32_gradients_as_eager_ones(lora):
     compiled = gradients(model, input_ids)
     scale = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
     for name, reference in exact.items():
-        # A key's bias hardly moves the softmax: its gradient is all rounding, so errors are weighed against all of them.
+        # A key's bias hardly moves the softmax: its gradient is mostly rounding, so errors are weighed against all.
         assert (compiled[name] - reference).norm() < 2 * (eager[name] - reference).norm() + 1e-3 * scale, name
 
 
