@@ -28,7 +28,7 @@ from accessory.models.tokenizer import Tokenizer
 from accessory.quantization import QuantLinear
 from accessory.tuning.recipe import canonical_name, trainable_state
 
-VERSIONED = ("torch", "transformers", "pytorch-lightning", "bitsandbytes", "peft")
+VERSIONED = ("transformers", "pytorch-lightning", "bitsandbytes", "peft")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def versions() -> dict[str, str]:
     for package in VERSIONED:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    return found
+    return found | {"torch": torch.__version__}  # with its CUDA build, which the metadata leaves out
 
 
 def save_trainable(

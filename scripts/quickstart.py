@@ -29,7 +29,7 @@ from accessory.evaluation import answer_perplexity  # noqa: E402
 WORK = ROOT / "quickstart"
 TRAINING = [
     "--quant", "--only_save_trainable", "recipe=norm_bias", "--max_words", "256", "--batch_size", "24", "--lr", "4e-3",
-    "--min_lr", "4e-4", "--warmup_epochs", "0.03", "train.max_steps=80",
+    "--min_lr", "4e-4", "--warmup_epochs", "0.03", "train.max_steps=60",
 ]  # fmt: skip
 
 
