@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from os import PathLike
+import os
 from typing import TYPE_CHECKING, Optional, Union
+
+# GNU OpenMP's threads spin for each other, for ever by default: on a CPU that others use too, a step of many small
+# operations was seen to take 28 s instead of 2. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 # On import bitsandbytes probes for an optional CPU kernel of its own layer, which is not used here, and complains.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -44,9 +48,10 @@ def load_model(
     from accessory.assemble import assemble
     from accessory.config import LlamaType, ModelConfig, QuantizationConfig, QuantMethod
     from accessory.errors import UserError
+    from accessory.models import find_device
 
     def listed(value: Union[str, list[str], None]) -> list[str]:
-        return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, PathLike)) else value)]
+        return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
 
     try:
         kind = LlamaType(llama_type or LlamaType.llama_peft)
@@ -64,4 +69,4 @@ def load_model(
         tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
         pretrained_path=listed(pretrained_path),
     )
-    return assemble(model, quantization, None, torch.device(device), dtype or torch.float32)
+    return assemble(model, quantization, None, find_device(device), dtype or torch.float32)

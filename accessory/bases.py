@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from accessory.errors import UserError
-from accessory.models import config_from_hf, config_from_params, read_json
+from accessory.models import check_params, config_from_hf, config_from_params, read_json
 
 TRAINABLE_FILE, META_FILE, CONFIG_FILE = "trainable.safetensors", "meta.json", "config.json"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,6 +46,13 @@ _LINEARS = {
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _TOP = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT}
 _ROW_PARALLEL = ("o_proj", "down_proj")
+_SIZES = {  # params.json's names and config.json's
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
 
 
 @dataclass
@@ -256,12 +263,16 @@ def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
 def model_config(folders: list[Folder], llama_config: list[str]) -> LlamaConfig:
     """The architecture: `llama_config` files if given, else the last folder that describes one."""
     base = folders[0]
+    given = {path: read_json(Path(path).expanduser()) for path in llama_config}
     if base.kind == "hf":
-        return config_from_hf(base.path / CONFIG_FILE)
+        config = config_from_hf(base.path / CONFIG_FILE)
+        for path, content in given.items():
+            _check_agreement(content, path, config, base.path)
+        return config
     params: dict[str, Any] = {}
     source = ", ".join(llama_config)
-    for path in llama_config:
-        params |= read_json(Path(path).expanduser())
+    for content in given.values():
+        params |= content
     if "dim" not in params:  # LoRA settings alone, or nothing: the folders say the rest
         described = [folder for folder in folders if "dim" in folder.params]
         if not described:
@@ -269,6 +280,19 @@ def model_config(folders: list[Folder], llama_config: list[str]) -> LlamaConfig:
         params = described[-1].params | params
         source = str(described[-1].path)
     return config_from_params(params, rows_of_embedding(base), source)
+
+
+def _check_agreement(content: dict[str, Any], path: str, config: LlamaConfig, base: Path) -> None:
+    """Of a Hugging Face base its own config.json decides; a llama_config file may repeat it, but not contradict it."""
+    if "model_type" not in content:
+        check_params(content, path)
+    elif content["model_type"] != config.model_type:
+        raise UserError(f"{path}: model_type={content['model_type']!r}; the base {base} is {config.model_type!r}")
+    for name, theirs in _SIZES.items():
+        key = theirs if "model_type" in content else name
+        stated, found = content.get(key), getattr(config, theirs)
+        if stated not in (None, -1, found):
+            raise UserError(f"{path}: {key}={stated!r}, but the base {base} has {theirs}={found}; leave this file out")
 
 
 def rows_of_embedding(base: Folder) -> int:
@@ -295,6 +319,14 @@ def fingerprint(base: Folder) -> str:
         elif name.endswith("v_proj.weight"):
             digest.update(base.first_row(name).float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def digest(folder: Folder) -> str:
+    """Digest of every value of a small folder, such as trainables: 16 hex digits."""
+    total = hashlib.sha256()
+    for name in sorted(folder.names):
+        total.update(name.encode() + folder.tensor(name).float().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def _listing(folder: Path, limit: int = 8) -> str:

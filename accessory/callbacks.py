@@ -1,7 +1,8 @@
-"""What a run shows and keeps besides its weights: progress, throughput, memory, curves, checkpoints."""
+"""What a run shows besides its weights: progress, throughput, memory, curves."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import resource
 import sys
@@ -23,7 +24,7 @@ def peak_memory_gib() -> float:
 
 
 class Throughput(Callback):
-    """Logs tokens/s over all ranks (padding not counted), peak memory and the learning rate with every step."""
+    """Logs tokens/s (padding not counted; this rank's, times the ranks), peak memory and learning rate every step."""
 
     def __init__(self) -> None:
         self._tokens, self._since, self._lr = 0, 0.0, 0.0
@@ -64,19 +65,22 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Curves(Callback):
-    """Draws curves.png (loss, validation loss, learning rate) from the CSV log at the end, also of a stopped run."""
+    """Draws the curves of a run that stopped early too; one that ends has them drawn after its last validation."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.save()
-            draw_curves(self.folder)
-
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.on_fit_end(trainer, module)
+        with contextlib.suppress(OSError):  # on a full disk what stopped the run is to be told, not this
+            save_curves(trainer, self.folder)
+
+
+def save_curves(trainer: Trainer, folder: Path) -> None:
+    """Flush the logs and draw them, on rank 0."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.save()
+        draw_curves(folder)
 
 
 def read_series(folder: Path, name: str) -> tuple[list[int], list[float]]:

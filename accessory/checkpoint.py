@@ -78,17 +78,16 @@ def load_weights(
     Later folders win; a diff folder adds to what came before. fresh_trainables: biases and LoRA that no folder holds
     keep their initial values (training), instead of being an error.
     """
-    slots = dict(_slots(model, device, dtype))
-    sources = _sources(folders, slots, tied=model.config.tie_word_embeddings)
-    missing = sorted(name for name, (_, _, is_fresh) in slots.items() if name not in sources and not is_fresh)
-    if not fresh_trainables:
-        missing += sorted(name for name, (_, _, is_fresh) in slots.items() if name not in sources and is_fresh)
+    places = dict(slots(model, device, dtype))
+    sources = _sources(folders, places, tied=model.config.tie_word_embeddings)
+    optional = {name for name, (_, _, is_fresh) in places.items() if is_fresh and fresh_trainables}
+    missing = sorted(places.keys() - sources.keys() - optional)
     if missing:
         where = ", ".join(str(folder.path) for folder in folders)
         raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}")
     bar = tqdm(sources, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False)
     for name in bar:
-        shape, store, _ = slots[name]
+        shape, store, _ = places[name]
         store(_read(name, sources[name], shape))
     for module in model.modules():  # fresh biases and LoRA, and the rotary frequencies, were made on the CPU
         if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
@@ -100,7 +99,7 @@ def load_weights(
 Slot = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
 
 
-def _slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+def slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
     """name on disk -> (shape, how to store a tensor there, whether training may start without it)."""
 
     def setter(module: nn.Module, leaf: str, as_dtype: torch.dtype) -> Callable[[Tensor], None]:
@@ -131,18 +130,18 @@ def _slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterat
             yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", dtype), False)
 
 
-def _sources(folders: list[Folder], slots: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
+def _sources(folders: list[Folder], places: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
     """For each name the folders whose values add up to it: the last plain one, then the diffs after it."""
     sources: dict[str, list[Folder]] = {}
     for folder in folders:
         for name in folder.names:
-            if name not in slots:
+            if name not in places:
                 if tied and name == OUTPUT:
                     continue
                 raise UserError(f"{folder.path}: {name} fits nowhere in this model{_why_unfit(name)}")
             is_diff = folder.kind == "accessory_diff" and name in sources
             sources[name] = [*sources[name], folder] if is_diff else [folder]
-    order = {name: i for i, name in enumerate(slots)}
+    order = {name: i for i, name in enumerate(places)}
     return dict(sorted(sources.items(), key=lambda item: order[item[0]]))
 
 
@@ -176,6 +175,7 @@ def sha256(path: Path) -> str:
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `target` in one step, or never existed."""
+    target = target.absolute()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -189,9 +189,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(partial, target)
         _fsync(target.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _disk_error(error, target) from None
+        raise disk_error(error, target) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -205,9 +205,13 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _disk_error(error: Exception, target: Path) -> Exception:
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+def disk_error(error: Exception, target: Path) -> Exception:
+    """What a failed write means for the user; the error itself where it means a bug of ours."""
+    number, message = getattr(error, "errno", None), str(error)
+    # torch.save reports a full disk as a RuntimeError about its stream.
+    if isinstance(error, RuntimeError) and ("unexpected pos" in message or "iostream" in message):
+        number = errno.ENOSPC
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in message:
         free = shutil.disk_usage(target.parent).free / 2**20
         return UserError(
             f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"

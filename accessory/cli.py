@@ -6,11 +6,11 @@ sys.argv). argparse in front of Hydra would swallow overrides after a list flag 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -20,14 +20,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-# GNU OpenMP's threads spin for each other, for ever by default: on a CPU that others use too, a step of many small
-# operations was seen to take 28 s instead of 2. Read when torch is loaded, which comes later.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from accessory.config import Config, describe, to_typed
 from accessory.errors import UserError, suggest
@@ -83,21 +80,12 @@ FINETUNE_FLAGS = [
     Flag("data_parallel", "strategy.data_parallel"),
     Flag("model_parallel_size", "strategy.model_parallel_size"),
 ]
-# Hydra's own options; those that take a value may have it in the next word.
-_HYDRA_SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i", "--hydra-help", "--version")
-_HYDRA_VALUES = (
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-    "--config-path",
-    "-cp",
-    "--experimental-rerun",
-)
+# Hydra's own options, less those that name another configuration folder: check_composition knows ours only.
+_HYDRA_SWITCHES = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version")
+_HYDRA_VALUES = ("--cfg", "-c", "--package", "-p", "--experimental-rerun")
+_HYDRA_INFO = ("--info", "-i")
+_INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_QUESTIONS = ("--cfg", "-c", *_HYDRA_INFO, "--hydra-help", "--version")
 # Launchers of the ancestor's time passed these; torchrun says the same in the environment.
 _IGNORED_VALUES = ("--local_rank", "--local-rank", "--world_size", "--dist_url")
 _IGNORED_SWITCHES = ("--dist_on_itp",)
@@ -111,97 +99,129 @@ def quote(value: str) -> str:
 
 
 def rewrite(argv: list[str], flags: Iterable[Flag]) -> list[str]:
-    """Flags -> overrides; everything else (overrides, Hydra's options) stays. Raises UserError for unknown flags."""
+    """Flags -> overrides; overrides stay. Hydra's options come first: its argparse takes none between overrides."""
     table = {f"--{flag.name}": flag for flag in flags}
-    out, i = [], 0
-    while i < len(argv):
-        word, i = argv[i], i + 1
+    words, head, out = deque(argv), [], []
+    while words:
+        word = words.popleft()
         name, has_value, value = word.partition("=")
-        if name.replace("-", "_").replace("__", "--", 1) in table and name.startswith("--"):
-            name = name.replace("-", "_").replace("__", "--", 1)
-        if name in table:
-            flag = table[name]
-            if flag.kind in ("value", "list"):
-                values = [value] if has_value else []
-                while not has_value and i < len(argv) and not _ends_values(argv[i], flag, values):
-                    values.append(argv[i])
-                    i += 1
-                if not values and flag.kind == "value":
-                    raise UserError(f"{name} needs a value")
-                joined = "[" + ",".join(map(quote, values)) + "]" if flag.kind == "list" else quote(values[0])
-                out.append(f"{flag.key}={joined}")
-            elif has_value:
-                raise UserError(f"{name} is a switch and takes no value (found {value!r})")
-            else:
-                out.append(f"{flag.key}={flag.kind}")
-        elif name in _IGNORED_SWITCHES or name in _IGNORED_VALUES:
-            i += name in _IGNORED_VALUES and not has_value
-        elif word.startswith("-") and name not in (*_HYDRA_SWITCHES, *_HYDRA_VALUES):
-            raise UserError(
-                f"unknown flag {name}{suggest(name, [*table, *_HYDRA_VALUES, '--multirun'])}; --help lists them"
-            )
-        else:
+        given = [value] if has_value else []
+        spelled = name.replace("-", "_").replace("__", "--", 1)
+        if name.startswith("--") and spelled in table:
+            out.append(_override(table[spelled], given, words))
+        elif name in _IGNORED_VALUES:
+            _one_value(name, given, words)
+        elif name in _HYDRA_VALUES:
+            head.append(f"{name}={_one_value(name, given, words)}")
+        elif name in _HYDRA_INFO:
+            # Its value is optional: a bare one would take the override behind it.
+            has_topic = given or (words and words[0] in _INFO_TOPICS)
+            head.append(f"{name}={_one_value(name, given, words) if has_topic else 'all'}")
+        elif word in _HYDRA_SWITCHES:
+            head.append(word)
+        elif not word.startswith("-"):
             out.append(word)
-            if name in _HYDRA_VALUES and not has_value and i < len(argv):
-                out.append(argv[i])
-                i += 1
-    return out
+        elif name not in _IGNORED_SWITCHES:
+            raise UserError(f"unknown flag {name}{suggest(name, [*table, '--cfg', '--multirun'])}; --help lists them")
+    return head + out
 
 
-def _ends_values(word: str, flag: Flag, values: list[str]) -> bool:
+def _override(flag: Flag, given: list[str], words: deque[str]) -> str:
+    """The override that a flag stands for; takes the flag's values off `words` unless given as --flag=value."""
     if flag.kind == "value":
-        return len(values) == 1 or word.startswith("--")
-    # A list ends at the next flag or override; paths may hold '=', but an override's key is dotted words only.
+        return f"{flag.key}={quote(_one_value(f'--{flag.name}', given, words))}"
+    if flag.kind != "list":
+        if given:
+            raise UserError(f"--{flag.name} is a switch and takes no value (found {given[0]!r})")
+        return f"{flag.key}={flag.kind}"
+    values = list(given)
+    while not given and words and not _ends_list(words[0]):
+        values.append(words.popleft())
+    return f"{flag.key}=[{','.join(map(quote, values))}]"
+
+
+def _one_value(name: str, given: list[str], words: deque[str]) -> str:
+    if given:
+        return given[0]
+    if not words or words[0].startswith("--"):
+        raise UserError(f"{name} needs a value")
+    return words.popleft()
+
+
+def _ends_list(word: str) -> bool:
+    """At the next flag or override; paths may hold '=', but an override's key is dotted words only."""
     key = word.partition("=")[0]
-    return word.startswith("--") or ("=" in word and key.lstrip("+~").replace(".", "").replace("_", "").isalnum())
+    return word.startswith("-") or ("=" in word and key.lstrip("+~").replace(".", "").replace("_", "").isalnum())
 
 
 def adopt_lora_settings(overrides: list[str]) -> list[str]:
-    """LLaMA2-Accessory chose the recipe in llama_config's JSON (lora_rank, bias_tuning); choose it so here, unless a
-    recipe is named on the command line."""
-    if any(word.startswith(("recipe=", "experiment=")) for word in overrides):
+    """LLaMA2-Accessory chose the recipe in llama_config's JSON (lora_rank, bias_tuning, norm_tuning); choose it so
+    here, unless one is named on the command line. In front, so that the words of the command line win."""
+    configs = [word for word in overrides if word.startswith("model.llama_config=[")]
+    files = _parsed(configs[-1]).value() if configs else []
+    is_chosen = any(word.lstrip("+~").startswith("recipe=") for word in overrides)
+    if is_chosen or not isinstance(files, list) or not files:
         return overrides
-    settings: dict[str, Any] = {}
-    for word in overrides:
-        if word.startswith("model.llama_config=["):
-            override = OverridesParser.create().parse_override(word)
-            for path in override.value():
-                try:
-                    settings |= json.loads(Path(str(path)).expanduser().read_text())
-                except (OSError, ValueError):
-                    continue  # reported with file and line when the model is built
-    rank, bias = settings.get("lora_rank", -1), settings.get("bias_tuning", True)
-    if isinstance(rank, int) and rank > 0:
-        chosen = ["recipe=norm_bias_lora", f"recipe.rank={rank}"]
-        return chosen + ([] if bias else ["recipe.bias=false"]) + overrides
-    return overrides
+    from accessory.models import read_json  # loads torch
+
+    settings = {key: value for file in files for key, value in read_json(Path(str(file)).expanduser()).items()}
+    rank = settings.get("lora_rank", -1)
+    chosen = ["recipe=norm_bias_lora", f"recipe.rank={rank}"] if isinstance(rank, int) and rank > 0 else []
+    chosen += [f"recipe.{part}=false" for part in ("norm", "bias") if settings.get(f"{part}_tuning") is False]
+    return chosen + overrides
 
 
 def check_composition(config_name: str, schema: type, argv: list[str]) -> None:
     """Compose once by ourselves, so that a wrong key or value is one line with a suggestion, not Hydra's report."""
-    overrides = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        if word.startswith("-") or before in _HYDRA_VALUES or word.startswith(("hydra.", "hydra/", "+hydra")):
-            continue
-        overrides.append(_first_choice(word))
+    own = [word for word in argv if not word.startswith("-") and not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    overrides = [_first_choice(word) for word in own]
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             node = compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+        known = [key for key, _, _ in describe(schema)]
+        if unknown := [key for key in _leaves(OmegaConf.to_container(node)) if key not in known]:
+            raise UserError(_unknown_key(unknown[0], known))
+        if not any(word.partition("=")[0] in _QUESTIONS for word in argv):
+            to_typed(node, schema)
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, schema)) from None
-    if not any(word in argv for word in ("--cfg", "-c", "--info", "-i")):
-        to_typed(node, schema)
+
+
+def _parsed(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise UserError(f"{word}: expected --flag value, key=value or group=option; --help lists them") from None
 
 
 def _first_choice(word: str) -> str:
     """An override as it is; of a sweep the first value."""
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:
-        raise UserError(f"{word}: expected --flag value, key=value or group=option; --help lists them") from None
+    override = _parsed(word)
+    if override.value() is None and (options := _options(override.key_or_group)):
+        raise UserError(f"{word}: a group needs an option; known: {', '.join(options)}")
     if not override.is_sweep_override():
         return word
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()), '')}"
+
+
+def _leaves(content: dict, prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _unknown_key(wanted: str, known: list[str]) -> str:
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    near = f" (did you mean {by_leaf[wanted]}?)" if wanted in by_leaf else suggest(wanted, known)
+    return f"unknown key {wanted}{near}; --help lists all keys"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def _explain(error: Exception, schema: type) -> str:
@@ -209,14 +229,10 @@ def _explain(error: Exception, schema: type) -> str:
     text = f"{error}\n{error.__cause__ or ''}"
     if missing := re.search(r"Could not find '(.+)/(.+)'", text):
         group, name = missing.groups()
-        options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        options = _options(group)
         return f"{group}={name}: no such option{suggest(name, options)}; known: {', '.join(options)}"
     if unknown := re.search(r"Could not override '(.+)'", text):
-        known = {key: key for key, _, _ in describe(schema)}
-        wanted = unknown[1]
-        by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = f" (did you mean {by_leaf[wanted]}?)" if wanted in by_leaf else suggest(wanted, known)
-        return f"unknown key {wanted}{near}; --help lists all keys"
+        return _unknown_key(unknown[1], [key for key, _, _ in describe(schema)])
     key = re.search(r"full_key: (\S+)", text)
     reason = str(error.__cause__ or error).splitlines()[0]
     return f"{key[1]}: {reason}" if key else reason
@@ -224,7 +240,7 @@ def _explain(error: Exception, schema: type) -> str:
 
 def help_text(program: str, flags: list[Flag], schema: type) -> str:
     rows = {key: (default, meaning) for key, default, meaning in describe(schema)}
-    groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
+    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if _options(p.name)]
     lines = [
         f"usage: {program} [--flag value …] [key=value …] [group=option …]",
         "",
@@ -235,8 +251,7 @@ def help_text(program: str, flags: list[Flag], schema: type) -> str:
         value = {"value": " VALUE", "list": " VALUE …"}.get(flag.kind, "")
         lines += [f"  --{flag.name + value:<32} {meaning}"]
     lines += ["", "Groups:"]
-    for group in groups:
-        lines.append(f"  {group:<14} {' | '.join(sorted(p.stem for p in (CONFIG_DIR / group).glob('*.yaml')))}")
+    lines += [f"  {group:<14} {' | '.join(_options(group))}" for group in groups]
     lines += ["", "Keys (default): override as key=value:"]
     for key, (default, meaning) in rows.items():
         shown = getattr(default, "value", default)
@@ -251,6 +266,8 @@ def run_command(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # off the line of a progress bar
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -262,7 +279,8 @@ def launch(config_name: str, flags: list[Flag], schema: type, job: Callable[[Dic
         if any(word in ("--help", "-h") for word in sys.argv[1:]):
             print(help_text(Path(sys.argv[0]).name, flags, schema))
             return
-        sys.argv[1:] = adopt_lora_settings(rewrite(sys.argv[1:], flags))
+        words = rewrite(sys.argv[1:], flags)
+        sys.argv[1:] = adopt_lora_settings(words) if schema is Config else words
         check_composition(config_name, schema, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
 

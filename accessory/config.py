@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import itertools
+import math
 import textwrap
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -42,6 +43,12 @@ class DataParallel(str, Enum):
     fsdp = "fsdp"
 
 
+class ImageTransform(str, Enum):
+    random_resized_crop = "random_resized_crop"
+    resized_center_crop = "resized_center_crop"
+    padded_resize = "padded_resize"
+
+
 # By a mapping, as the ancestor's name for "no prompt around the instruction" cannot be written as a class attribute.
 PromptType = Enum(
     "PromptType", {name: name for name in ("alpaca", "shortqa", "qg", "caption", "None", "chat")}, type=str
@@ -67,7 +74,7 @@ class ModelConfig:
     pretrained_type: Optional[str] = None
     """Ignored: the format of a folder is recognised by its files."""
     visual: bool = True
-    """Build the vision part where the llama_type has one (--no_visual: leave it out)."""
+    """Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."""
 
 
 @dataclass
@@ -120,8 +127,8 @@ class DataConfig:
     """Pack several items into one row of max_words tokens; attention stays inside each item."""
     prompt_type: Optional[PromptType] = None
     """Prompt of data files that name none in the YAML: alpaca (default), shortqa, qg, caption, None, chat."""
-    image_transform: str = "random_resized_crop"
-    """random_resized_crop, resized_center_crop or padded_resize (multimodal only)."""
+    image_transform: ImageTransform = ImageTransform.random_resized_crop
+    """Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."""
     cache_dir: Optional[str] = None
     """Where tokenized data is kept (memory-mapped); unset: ~/.cache/accessory."""
     cache_ann_on_disk: bool = False
@@ -179,9 +186,9 @@ class SaveConfig:
 @dataclass
 class StrategyConfig:
     data_parallel: DataParallel = DataParallel.sdp
-    """sdp: the frozen base on every rank, trainables all-reduced; fsdp: the base sharded over the ranks."""
+    """sdp: the frozen base on every rank, trainables all-reduced. fsdp is not part of this version."""
     model_parallel_size: int = 1
-    """Only 1: tensor parallelism is replaced by data_parallel=fsdp."""
+    """Only 1: every GPU holds the whole frozen base; tensor parallelism is not offered."""
 
 
 @dataclass
@@ -217,11 +224,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        if self.strategy.model_parallel_size != 1:
-            raise UserError(
-                f"--model_parallel_size {self.strategy.model_parallel_size}: tensor parallelism is not offered; "
-                "use --data_parallel fsdp, which shards the frozen base over the ranks"
-            )
         problems = [message for wrong, message in self._checks() if wrong]
         if problems:
             raise UserError("; ".join(problems))
@@ -229,6 +231,8 @@ class Config:
     def _checks(self) -> list[tuple[bool, str]]:
         quantized = self.quantization.method is not QuantMethod.none
         train, optim, recipe, data, save = self.train, self.optim, self.recipe, self.data, self.save
+        schedule = {name: getattr(optim, name) for name in field_docs(OptimConfig)}
+        size = self.strategy.model_parallel_size
         return [
             (
                 quantized and not self.only_save_trainable,
@@ -236,20 +240,49 @@ class Config:
                 "a 4-bit base cannot take the update without losing it",
             ),
             (not (recipe.norm or recipe.bias or recipe.lora), f"recipe {recipe.name!r} trains nothing"),
+            (
+                recipe.lora and not recipe.targets,
+                "recipe.targets=[]: LoRA needs linears; name some or use recipe.lora=false",
+            ),
             (recipe.rank < 1, f"recipe.rank={recipe.rank}: must be at least 1"),
             (not 0 <= recipe.dropout < 1, f"recipe.dropout={recipe.dropout}: must be in [0, 1)"),
             (train.batch_size < 1, f"--batch_size {train.batch_size}: must be at least 1"),
             (train.accum_iter < 1, f"--accum_iter {train.accum_iter}: must be at least 1"),
             (train.epochs < 1, f"--epochs {train.epochs}: must be at least 1"),
-            (train.val_interval <= 0, f"train.val_interval={train.val_interval}: must be above 0"),
+            (
+                train.max_steps == 0 or train.max_steps < -1,
+                f"train.max_steps={train.max_steps}: must be at least 1, or -1 for all epochs",
+            ),
+            (not train.val_interval > 0, f"train.val_interval={train.val_interval}: must be above 0"),
+            (
+                train.val_interval > 1 and not float(train.val_interval).is_integer(),
+                f"train.val_interval={train.val_interval}: above 1 it must be whole",
+            ),
+            *((not math.isfinite(value), f"--{name} {value}: must be finite") for name, value in schedule.items()),
             (optim.lr <= 0, f"--lr {optim.lr}: must be above 0"),
             (optim.min_lr < 0, f"--min_lr {optim.min_lr}: must not be negative"),
+            (optim.weight_decay < 0, f"--weight_decay {optim.weight_decay}: must not be negative"),
             (optim.warmup_epochs < 0, f"--warmup_epochs {optim.warmup_epochs}: must not be negative"),
+            (not 0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, {2**32 - 1}]"),
+            (data.num_workers < 0, f"--num_workers {data.num_workers}: must not be negative"),
             (data.max_words < 2, f"--max_words {data.max_words}: must be at least 2"),
             (not 0 <= data.val_fraction < 1, f"data.val_fraction={data.val_fraction}: must be in [0, 1)"),
             (save.epoch_interval < 1, f"--save_interval {save.epoch_interval}: must be at least 1"),
             (save.step_interval < 1, f"--save_iteration_interval {save.step_interval}: must be at least 1"),
             (save.keep < 1, f"save.keep={save.keep}: must be at least 1"),
+            (
+                self.logger.log_every_n_steps < 1,
+                f"logger.log_every_n_steps={self.logger.log_every_n_steps}: must be at least 1",
+            ),
+            (
+                size != 1,
+                f"--model_parallel_size {size}: tensor parallelism is not offered; use 1 (sharding the frozen base, "
+                "--data_parallel fsdp, is to take its place and is not part of this version)",
+            ),
+            (
+                self.strategy.data_parallel is DataParallel.fsdp,
+                "--data_parallel fsdp is not part of this version; use --data_parallel sdp",
+            ),
         ]
 
 

@@ -14,12 +14,15 @@ import torch
 
 import accessory
 from accessory.config import PromptType
-from accessory.data.prompts import format_prompt
+from accessory.data.prompts import SEPARATOR, as_messages, dialog_prompt, format_prompt
 from accessory.errors import UserError, suggest
 from accessory.generation import stream
+from accessory.models import find_device
 from accessory.models.llama import Llama
+from accessory.models.tokenizer import require_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONVERSATION = "conversation"  # the format of models trained with --dialog
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +44,8 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", default=None, help="answer this question and exit; unset: serve a page")
     add("--input", default="", help="the question's optional input")
-    kinds = [kind.value for kind in PromptType]
-    add("--system_prompt", choices=kinds, default="alpaca", help="prompt format; as in training")
+    kinds = [*(kind.value for kind in PromptType), CONVERSATION]
+    add("--system_prompt", choices=kinds, default="alpaca", help="as in training; conversation: --dialog")
     add("--max_gen_len", type=int, default=128, help="longest answer in tokens")
     add("--temperature", type=float, default=0.0, help="0: the most likely answer, always the same")
     add("--top_p", type=float, default=0.75, help="nucleus of the sampling, where temperature is above 0")
@@ -62,20 +65,16 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> Llama:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
     model = accessory.load_model(
         args.pretrained_path,
         args.llama_type,
         args.llama_config,
         args.tokenizer_path,
         quantization="nf4" if args.quant else "none",
-        device=device,
+        device=find_device(args.device),
         dtype=DTYPES[args.dtype],
     )
-    if model.tokenizer is None:
-        raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
+    require_tokenizer(model)
     if args.max_seq_len is not None:
         model.config.max_position_embeddings = args.max_seq_len
     return model
@@ -83,8 +82,12 @@ def load(args: argparse.Namespace) -> Llama:
 
 def answers(model: Llama, question: str, context: str, kind: str, length: int, temperature: float, top_p: float):
     """The growing answer to a question in a prompt format."""
-    prompt = format_prompt({"instruction": question, "input": context}, PromptType(kind), model.tokenizer)
-    yield from stream(model, prompt, int(length), float(temperature), float(top_p))
+    item, stop_text = {"instruction": question, "input": context}, None
+    if kind == CONVERSATION:  # its answers end with a separator, not with EOS
+        prompt, stop_text = dialog_prompt(as_messages(item)), f"\n{SEPARATOR}"
+    else:
+        prompt = format_prompt(item, PromptType(kind), model.tokenizer)
+    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text)
 
 
 def answer_once(model: Llama, args: argparse.Namespace) -> None:
@@ -120,7 +123,7 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
                 context = gr.Textbox(lines=2, label="Input (optional)")
                 kinds = [
                     kind.value for kind in PromptType if kind is not PromptType.chat or model.tokenizer.chat_template
-                ]
+                ] + [CONVERSATION]
                 system = gr.Dropdown(kinds, value=args.system_prompt, label="System prompt")
                 length = gr.Slider(1, 2048, value=args.max_gen_len, step=1, label="Max length (tokens)")
                 temperature = gr.Slider(0, 1, value=args.temperature, label="Temperature (0: always the same answer)")
@@ -132,7 +135,11 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
         inputs = [question, context, system, length, temperature, top_p]
         running = [run.click(respond, inputs, answer), question.submit(respond, inputs, answer)]
         stop.click(None, cancels=running)
-    page.queue(default_concurrency_limit=1).launch(server_name="127.0.0.1", server_port=args.port, share=args.share)
+    page.queue(default_concurrency_limit=1)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=args.port, share=args.share)
+    except (OSError, OverflowError):
+        raise UserError(f"--port {args.port}: cannot be opened, another program may use it; choose another") from None
 
 
 def _gradio() -> Any:

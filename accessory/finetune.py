@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from accessory.assemble import assemble
-from accessory.bases import open_folder
-from accessory.callbacks import Curves, ProgressBar, Throughput
-from accessory.checkpoint import save_trainable
+from accessory.assemble import Sources, assemble, check_continuation, open_sources
+from accessory.bases import digest
+from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
+from accessory.checkpoint import disk_error, save_trainable
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
 from accessory.errors import UserError
+from accessory.export import export_hf
 from accessory.models.llama import Llama
+from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
-from accessory.resume import RUN_FILE, Checkpoints, find_checkpoint
+from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, find_checkpoint, refuse_finished
 from accessory.strategies import DTYPES, Float16, World, find_world, make_strategy
 from accessory.summary import describe_run
 
@@ -35,53 +39,62 @@ def finetune(config: Config) -> Path:
     """
     _quiet()
     world = find_world()
-    output_dir = _prepare_output(config)
+    output_dir = Path(config.output_dir).expanduser()
+    refuse_finished(output_dir)
+    sources = open_sources(config.model)
+    check_continuation(sources, config.recipe)
+    tokenizer = require_tokenizer(sources)
+    data = DataModule(
+        config.data, tokenizer, config.train.batch_size, config.train.accum_iter, world.size, world.rank, config.seed
+    )
+    settings = _settings(config, sources, data, world)
+    checkpoint = find_checkpoint(output_dir, config.resume, settings)
+    _make_writable(output_dir)
+    loggers = _loggers(config.logger, output_dir)
+
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high" if config.train.precision is Precision.tf32 else "highest")
-
-    model = assemble(config.model, config.quantization, config.recipe, world.device, DTYPES[config.train.precision])
-    if model.tokenizer is None:
-        raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
-    data = DataModule(
-        config.data,
-        model.tokenizer,
-        config.train.batch_size,
-        config.train.accum_iter,
-        world.size,
-        world.rank,
-        config.seed,
-    )
-    settings = _settings(config, model, data, world)
-    checkpoint = find_checkpoint(output_dir, config.resume, settings)
+    model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision])
+    torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.model.checkpointing = config.train.checkpointing
     _compile(model, config, world)
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
-    meta = _meta(config, model)
+    meta = _meta(config, sources)
 
     def write_result(folder: Path) -> None:
-        save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), model.tokenizer)
+        save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer)
 
     checkpoints = Checkpoints(output_dir / "checkpoints", config.save, write_result)
     if checkpoint is not None:
         checkpoints.restore_random_state(checkpoint, world.rank)
-    trainer = _trainer(config, world, output_dir, data, checkpoints)
-
+    trainer = _trainer(config, world, loggers, data, [checkpoints, Curves(output_dir)])
     if world.rank == 0:
         print(describe_run(config, model, data, world, checkpoint), flush=True)
-        (output_dir / RUN_FILE).write_text(json.dumps(settings, indent=2))
-    trainer.fit(module, data, ckpt_path=None if checkpoint is None else checkpoint / "state.ckpt", weights_only=False)
+        _write_settings(settings, output_dir / RUN_FILE)
+    _fit(trainer, module, data, checkpoint, output_dir)
 
     if world.rank == 0:
-        meta |= {key: float(trainer.callback_metrics[key]) for key in ("val_loss",) if key in trainer.callback_metrics}
-        meta["steps"] = trainer.global_step
-        write_result(output_dir)
+        meta |= {"steps": trainer.global_step}
+        meta |= {"val_loss": float(trainer.callback_metrics["val_loss"])} if data.val_plan else {}
         if not config.only_save_trainable:
-            from accessory.export import export_hf
-
             export_hf(model, output_dir / "model")
+        write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _fit(
+    trainer: Trainer, module: FinetuneModule, data: DataModule, checkpoint: Optional[Path], output_dir: Path
+) -> None:
+    try:
+        state = None if checkpoint is None else checkpoint / STATE_FILE
+        trainer.fit(module, data, ckpt_path=state, weights_only=False)
+        if data.val_plan is not None and module.validated_at != trainer.global_step:
+            trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        save_curves(trainer, output_dir)
+    except OSError as error:
+        raise disk_error(error, output_dir) from error
 
 
 def _quiet() -> None:
@@ -91,26 +104,28 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
-def _prepare_output(config: Config) -> Path:
-    output_dir = Path(config.output_dir).expanduser()
+def _make_writable(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable").touch()
         (output_dir / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {config.output_dir}: cannot be written ({error.strerror})") from None
-    if config.resume is None and (output_dir / "trainable.safetensors").is_file():
-        raise UserError(f"--output_dir {output_dir}: holds a finished run; choose another, or remove it")
-    for path in config.model.pretrained_path:
-        open_folder(path)  # a wrong path fails here, before anything is read
-    return output_dir
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
 
 
-def _settings(config: Config, model: Llama, data: DataModule, world: World) -> dict[str, Any]:
+def _write_settings(settings: dict[str, Any], file: Path) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(settings, indent=2))
+    os.replace(partial, file)
+
+
+def _settings(config: Config, sources: Sources, data: DataModule, world: World) -> dict[str, Any]:
     """What decides a run's numbers: a resumed run must agree on all of it."""
     settings = {
-        "base": model.base["fingerprint"],
-        "tokenizer": model.tokenizer.fingerprint(),
+        "base": sources.base["fingerprint"],
+        "starts_from": [digest(folder) for folder in sources.folders[1:]],
+        "architecture": hashlib.sha256(sources.architecture.to_json_string().encode()).hexdigest()[:16],
+        "tokenizer": sources.tokenizer.fingerprint(),
         "val_fraction": config.data.val_fraction,
         "quantization": asdict(config.quantization),
         "recipe": asdict(config.recipe),
@@ -125,18 +140,19 @@ def _settings(config: Config, model: Llama, data: DataModule, world: World) -> d
         "optim": asdict(config.optim),
         "seed": config.seed,
         "data": data.key,
+        "val_data": data.val_key,
     }
     return json.loads(json.dumps(settings))  # as run.json will give it back
 
 
-def _meta(config: Config, model: Llama) -> dict[str, Any]:
+def _meta(config: Config, sources: Sources) -> dict[str, Any]:
     return {
         "format": 1,
         "llama_type": config.model.llama_type.value,
-        "base": model.base,
+        "base": sources.base,
         "quantization": json.loads(json.dumps(asdict(config.quantization))),
         "recipe": asdict(config.recipe),
-        "tokenizer": model.tokenizer.fingerprint(),
+        "tokenizer": sources.tokenizer.fingerprint(),
     }
 
 
@@ -185,7 +201,9 @@ def _loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
     return loggers
 
 
-def _trainer(config: Config, world: World, output_dir: Path, data: DataModule, checkpoints: Checkpoints) -> Trainer:
+def _trainer(
+    config: Config, world: World, loggers: list[Logger], data: DataModule, callbacks: list[Callback]
+) -> Trainer:
     return Trainer(
         accelerator="gpu" if world.device.type == "cuda" else "cpu",
         devices=world.local_size if world.size > 1 else [world.local_rank] if world.device.type == "cuda" else 1,
@@ -200,9 +218,9 @@ def _trainer(config: Config, world: World, output_dir: Path, data: DataModule, c
         limit_train_batches=_micro_batches(config, data),
         limit_val_batches=1.0 if data.val_plan else 0,
         num_sanity_val_steps=0,
-        logger=_loggers(config.logger, output_dir),
+        logger=loggers,
         log_every_n_steps=config.logger.log_every_n_steps,
-        callbacks=[Throughput(), ProgressBar(), checkpoints, Curves(output_dir)],
+        callbacks=[Throughput(), ProgressBar(), *callbacks],
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

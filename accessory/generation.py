@@ -111,8 +111,15 @@ def _encode(model: Llama, prompts: list[str], max_new_tokens: int) -> list[list[
     return encoded
 
 
-def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature: float, top_p: float) -> list[str]:
-    """Answers to a batch of prompts, without the prompts."""
+def generate(
+    model: Llama,
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop_text: Optional[str] = None,
+) -> list[str]:
+    """Answers to a batch of prompts, without the prompts; each ends at an end token or before stop_text."""
     if isinstance(prompts, str):
         raise UserError("generate() takes a list of prompts")
     if not prompts:
@@ -125,11 +132,27 @@ def generate(model: Llama, prompts: list[str], max_new_tokens: int, temperature:
             finished[i] = finished[i] or token in stop
             if not finished[i]:
                 answers[i].append(token)
-    return [model.tokenizer.decode(ids) for ids in answers]
+                finished[i] = stop_text is not None and stop_text in model.tokenizer.decode(answers[i])
+        if all(finished):
+            break
+    return [_before(model.tokenizer.decode(ids), stop_text) for ids in answers]
 
 
-def stream(model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float) -> Iterator[str]:
-    """The growing answer to one prompt; a character whose bytes are not all there yet is held back."""
+def _before(text: str, stop_text: Optional[str]) -> str:
+    return text.partition(stop_text)[0] if stop_text else text
+
+
+def _certain(text: str, stop_text: Optional[str]) -> str:
+    """The text without an end that may grow into stop_text."""
+    beginnings = [(stop_text or "")[:n] for n in range(len(stop_text or ""), 0, -1)]
+    return text.removesuffix(next((start for start in beginnings if text.endswith(start)), ""))
+
+
+def stream(
+    model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float, stop_text: Optional[str] = None
+) -> Iterator[str]:
+    """The growing answer to one prompt, which ends before stop_text; a character whose bytes are not all there yet, and
+    what may become stop_text, are held back."""
     encoded, stop, answer = _encode(model, [prompt], max_new_tokens), stop_ids(model), []
     for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop):
         token = int(tokens[0])
@@ -137,6 +160,8 @@ def stream(model: Llama, prompt: str, max_new_tokens: int, temperature: float, t
             break
         answer.append(token)
         text = model.tokenizer.decode(answer)
+        if stop_text and stop_text in text:
+            break
         if not text.endswith("\ufffd"):
-            yield text
-    yield model.tokenizer.decode(answer)
+            yield _certain(text, stop_text)
+    yield _before(model.tokenizer.decode(answer), stop_text)

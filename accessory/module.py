@@ -37,6 +37,7 @@ class FinetuneModule(LightningModule):
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
         self._validation = torch.zeros(2, dtype=torch.float64)
+        self.validated_at = -1  # optimizer step of the last validation
 
     def train(self, mode: bool = True) -> "FinetuneModule":
         """Frozen parts stay in eval mode; only LoRA's dropout knows training."""
@@ -94,6 +95,7 @@ class FinetuneModule(LightningModule):
         total = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum")
         loss = (total[0] / total[1].clamp(min=1)).float()
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
+        self.validated_at = self.trainer.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.config)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from accessory.bases import TRAINABLE_FILE
 from accessory.checkpoint import atomic_folder, sha256
 from accessory.config import SaveConfig
 from accessory.errors import UserError
@@ -65,13 +66,10 @@ class Checkpoints(Callback):
         for old in checkpoint_folders(self.folder)[: -self.config.keep]:
             shutil.rmtree(old)
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_of_ranks"] = RNG_FILE
-
     def restore_random_state(self, folder: Path, rank: int) -> None:
         """Remember the state of `folder` for the moment training starts, after everything that draws numbers."""
         states = torch.load(folder / RNG_FILE, weights_only=False)
-        self._rng = states[rank] if rank < len(states) else None
+        self._rng = states[rank]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._rng is not None:
@@ -106,31 +104,39 @@ def damage(checkpoint: Path) -> Optional[str]:
     return f"{', '.join(bad)} differs from its checksum" if bad else None
 
 
+def refuse_finished(output_dir: Path) -> None:
+    if (output_dir / TRAINABLE_FILE).is_file():
+        raise UserError(f"--output_dir {output_dir}: holds a finished run; choose another, or remove it")
+
+
 def find_checkpoint(output_dir: Path, resume: Optional[str], settings: dict[str, Any]) -> Optional[Path]:
     """The checkpoint to continue from, or None to start; refuses what would overwrite or mix two runs.
 
     settings: everything that decides the run's numbers; run.json holds those that the folder was started with.
     """
-    if resume is not None:
-        chosen = Path(resume).expanduser()
-        if not (chosen / SUMS_FILE).is_file() and (found := checkpoint_folders(chosen / "checkpoints")):
-            chosen = found[-1]
-        if (wrong := damage(chosen)) is not None:
-            raise UserError(f"--resume {resume}: not a whole checkpoint ({wrong})")
-        _compare(chosen.parent.parent / RUN_FILE, settings)
-        return chosen
-    if (output_dir / "trainable.safetensors").is_file():
-        raise UserError(f"--output_dir {output_dir}: holds a finished run; choose another, or remove it")
-    candidates = checkpoint_folders(output_dir / "checkpoints")
-    if not candidates:
-        return None
-    _compare(output_dir / RUN_FILE, settings)
+    refuse_finished(output_dir)
+    if resume is None:
+        candidates = checkpoint_folders(output_dir / "checkpoints")
+        return _newest_whole(candidates, settings) if candidates else None
+    named = Path(resume).expanduser()
+    candidates = checkpoint_folders(named / "checkpoints") or [named]
+    run = candidates[0].absolute().parent.parent
+    if candidates == [named] and (wrong := damage(named)) is not None:
+        raise UserError(f"--resume {resume}: not a whole checkpoint ({wrong})")
+    if run != output_dir.absolute() and any((output_dir / name).exists() for name in (RUN_FILE, "checkpoints")):
+        raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume}; choose another")
+    return _newest_whole(candidates, settings)
+
+
+def _newest_whole(candidates: list[Path], settings: dict[str, Any]) -> Path:
+    run = candidates[0].absolute().parent.parent
+    _compare(run / RUN_FILE, settings)
     for checkpoint in reversed(candidates):
         wrong = damage(checkpoint)
         if wrong is None:
             return checkpoint
         print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
-    raise UserError(f"--output_dir {output_dir}: no checkpoint in it is whole; choose another folder, or remove it")
+    raise UserError(f"--output_dir {run}: no checkpoint in it is whole; choose another folder, or remove it")
 
 
 def _compare(run_file: Path, settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from accessory.config import DataParallel, Precision, StrategyConfig
+from accessory.config import Precision, StrategyConfig
 from accessory.errors import UserError
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
@@ -55,8 +55,6 @@ def gather(value: Any) -> list[Any]:
 
 
 def make_strategy(config: StrategyConfig, world: World) -> Strategy:
-    if config.data_parallel is DataParallel.fsdp and world.size > 1:
-        raise UserError("--data_parallel fsdp is not part of this version; use --data_parallel sdp")
     if world.size == 1:
         return SingleDeviceStrategy(world.device)
     # Buffers are the frozen payload, loaded identically on all ranks: never broadcast them.

@@ -8,9 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from accessory.cli import MODEL_FLAGS, Flag, launch, run_command
 from accessory.config import DataConfig, ModelConfig, Precision, PromptType, QuantizationConfig, QuantMethod, to_typed
@@ -38,6 +38,8 @@ class EvaluateConfig:
     """Data YAML: perplexity of the answers."""
     prompt_type: Optional[PromptType] = None
     """Prompt of data files that name none."""
+    dialog: bool = False
+    """Items are conversations: {"conversations": [{"from": "human", "value": …}, …]}."""
     seqlen: int = 512
     """Tokens in a window of text, and the longest data item."""
     max_tokens: int = -1
@@ -75,6 +77,7 @@ EVALUATE_FLAGS = [
     *COMMON_FLAGS,
     Flag("text", "text"),
     Flag("data_config", "data_config"),
+    Flag("dialog", "dialog", "true"),
     Flag("seqlen", "seqlen"),
     Flag("max_tokens", "max_tokens"),
     Flag("batch_size", "batch_size"),
@@ -85,30 +88,45 @@ EXPORT_FLAGS = [*COMMON_FLAGS, Flag("format", "format"), Flag("output_dir", "out
 
 def _load(config: Any, device: Optional[str]) -> Any:
     from accessory.assemble import assemble
+    from accessory.models import find_device
+    from accessory.models.tokenizer import require_tokenizer
     from accessory.strategies import DTYPES
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no usable GPU; use --device cpu")
-    model = assemble(config.model, config.quantization, None, place, DTYPES[config.precision])
-    if model.tokenizer is None:
-        raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
+    model = assemble(config.model, config.quantization, None, find_device(device), DTYPES[config.precision])
+    require_tokenizer(model)
     return model
+
+
+def _output_file(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {file.parent}; create it first")
+    if file.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it")
+    return file
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity as the config says; printed, and returned as plain numbers."""
     from accessory.data.datamodule import answer_loader
+    from accessory.data.dataset import read_data_config
     from accessory.evaluation import answer_perplexity, read_text, text_perplexity
 
+    output = _output_file(config.output) if config.output is not None else None
     text = read_text(Path(config.text).expanduser()) if config.text is not None else None
+    if text is None:
+        read_data_config(config.data_config, config.prompt_type)  # its mistakes come before the model
     model = _load(config, config.device)
     if text is not None:
         result = text_perplexity(model, text, config.seqlen, config.max_tokens, config.batch_size)
         what = config.text
     else:
         data = DataConfig(
-            data_config=config.data_config, max_words=config.seqlen, prompt_type=config.prompt_type, num_workers=0
+            data_config=config.data_config,
+            dialog=config.dialog,
+            max_words=config.seqlen,
+            prompt_type=config.prompt_type,
+            num_workers=0,
         )
         result = answer_perplexity(model, answer_loader(data, model.tokenizer, config.batch_size))
         what = config.data_config
@@ -122,9 +140,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "pretrained_path": config.model.pretrained_path,
     }
     print(f"ppl on {what} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']})", flush=True)
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(figures, indent=2) + "\n")
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def _trained_on(folder: Any) -> QuantizationConfig:
+    """The quantization that a trainables' folder names; none where it names none."""
+    try:
+        stated = folder.meta.get("quantization") or {}
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated))
+    except (OmegaConfBaseException, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder.path}/meta.json: quantization: {reason}; written by another version?") from None
 
 
 def export(config: ExportConfig) -> Path:
@@ -135,9 +163,7 @@ def export(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser()
     check_target(folder)
     if config.quantization.method is QuantMethod.none:  # merge into what the trainables were trained on
-        stated = open_folder(config.model.pretrained_path[-1]).meta.get("quantization")
-        if stated is not None:
-            config.quantization = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated))
+        config.quantization = _trained_on(open_folder(config.model.pretrained_path[-1]))
     model = _load(config, config.device)
     if config.format is ExportFormat.peft:
         export_peft(model, folder)

@@ -18,7 +18,11 @@ import time
 from pathlib import Path
 
 import _checkout  # noqa: F401
-import torch
+
+import accessory  # noqa: F401
+
+# isort: split
+import torch  # after accessory, which sets what torch reads when it is loaded
 
 # hidden size, MLP's width, blocks, heads, key/value heads, vocabulary
 SHAPES = {
@@ -49,7 +53,7 @@ def llama_config(name: str):
 
 def build_ours(name: str, recipe: str, checkpointing: bool, compile_blocks: bool):
     """Our model, and its loss as a function of input_ids; weights are made and quantized layer by layer."""
-    from accessory.checkpoint import _slots
+    from accessory.checkpoint import slots
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
     from accessory.models import build_model
     from accessory.module import batch_loss
@@ -60,7 +64,7 @@ def build_ours(name: str, recipe: str, checkpointing: bool, compile_blocks: bool
     model = build_model(llama_config(name))
     quantize(model, QuantizationConfig(method=QuantMethod.nf4), DTYPE)
     add_trainables(model, chosen)
-    for key, (shape, store, _) in _slots(model, DEVICE, DTYPE):
+    for key, (shape, store, _) in slots(model, DEVICE, DTYPE):
         store(torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02 + ("norm" in key))
     model.model.rotary_emb.to(DEVICE)
     mark_trainable(model, chosen)

@@ -437,3 +437,72 @@ def test_a_damaged_json_file_of_a_hugging_face_folder_is_named(tmp_path, hf_fold
     (tmp_path / name).write_text('{"hidden_size": 64,')
     message = refused(accessory.load_model, [tmp_path])
     assert str(tmp_path / name) in message and "not valid JSON" in message
+
+
+# --- llama_config next to a Hugging Face base, and params.json's values ----------------------------------------------
+
+
+def described(tmp_path: Path, base: Path, content) -> accessory.models.LlamaConfig:
+    (tmp_path / "given.json").write_text(json.dumps(content))
+    return model_config([open_folder(base)], [str(tmp_path / "given.json")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"lora_rank": 4, "bias_tuning": False, "norm_tuning": True, "max_seq_len": 512, "max_batch_size": 1},
+        PARAMS,
+        PARAMS | {"vocab_size": VOCAB},
+        {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB},
+    ],
+)
+def test_llama_config_that_agrees_with_a_hugging_face_base_changes_nothing(tmp_path, hf_folder, content):
+    alone = model_config([open_folder(hf_folder)], [])
+    assert described(tmp_path, hf_folder, content).to_dict() == alone.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (PARAMS | {"dim": 128}, ["dim=128", "hidden_size=64"]),
+        (PARAMS | {"n_layers": 3}, ["n_layers=3", "num_hidden_layers=2"]),
+        (PARAMS | {"n_heads": 8}, ["n_heads=8", "num_attention_heads=4"]),
+        ({"model_type": "llama", "vocab_size": 32000}, ["vocab_size=32000", f"vocab_size={VOCAB}"]),
+        ({"model_type": "qwen2"}, ["'qwen2'", "'llama'"]),
+        ({"lora_rnk": 4}, ["'lora_rnk'", "did you mean lora_rank?"]),
+    ],
+)
+def test_llama_config_that_contradicts_a_hugging_face_base_is_refused_with_both_values(
+    tmp_path, hf_folder, content, named
+):
+    message = refused(described, tmp_path, hf_folder, content)
+    assert all(part in message for part in [*named, str(tmp_path / "given.json")])
+
+
+def test_llama_config_is_read_for_every_kind_of_base(tmp_path, hf_folder, meta_folder):
+    for base in (hf_folder, meta_folder):
+        message = refused(accessory.load_model, [base], llama_config=str(tmp_path / "nonexistent.json"))
+        assert "nonexistent.json: no such file" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", None),
+        ("vocab_size", 0),
+        ("rope_theta", None),
+        ("rope_theta", float("nan")),
+        ("rope_scaling", 0),
+        ("ffn_dim_multiplier", "1.3"),
+        ("norm_eps", "x"),
+        ("n_heads", 4.0),
+        ("n_layers", True),
+        ("n_kv_heads", 0),
+        ("n_kv_heads", 3),
+        ("max_seq_len", None),
+        ("bias_tuning", "yes"),
+    ],
+)
+def test_a_value_of_params_json_that_cannot_be_is_named(tmp_path, meta_folder, key, value):
+    message = refused(described, tmp_path, meta_folder, PARAMS | {key: value})
+    assert f"{key}={value!r}" in message and "given.json" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,8 +16,19 @@ from conftest import alpaca_items, write_data
 from hydra import compose, initialize_config_dir
 
 import accessory
-from accessory.cli import CONFIG_DIR, FINETUNE_FLAGS, adopt_lora_settings, finetune_main, rewrite
-from accessory.config import Config, DataParallel, LlamaType, Precision, PromptType, QuantMethod, to_typed
+from accessory.cli import CONFIG_DIR, FINETUNE_FLAGS, adopt_lora_settings, finetune_main, rewrite, run_command
+from accessory.config import (
+    Config,
+    DataConfig,
+    DataParallel,
+    ImageTransform,
+    LlamaType,
+    ModelConfig,
+    Precision,
+    PromptType,
+    QuantMethod,
+    to_typed,
+)
 from accessory.data.dataset import read_data_config
 from accessory.errors import UserError
 from accessory.tools import EvaluateConfig, ExportConfig
@@ -66,7 +78,7 @@ def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
         ("--max_words 2048", "data.max_words", 2048),
         ("--dialog", "data.dialog", True),
         ("--data_config d.yaml", "data.data_config", "d.yaml"),
-        ("--image_transform padded_resize", "data.image_transform", "padded_resize"),
+        ("--image_transform padded_resize", "data.image_transform", ImageTransform.padded_resize),
         ("--cache_ann_on_disk", "data.cache_ann_on_disk", True),
         ("--num_workers 5", "data.num_workers", 5),
         ("--pin_mem", "data.pin_mem", True),
@@ -76,7 +88,6 @@ def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
         ("--save_iteration_interval 50", "save.step_interval", 50),
         ("--seed 7", "seed", 7),
         ("--resume out/run/checkpoints/step-4", "resume", "out/run/checkpoints/step-4"),
-        ("--data_parallel fsdp", "strategy.data_parallel", DataParallel.fsdp),
         ("--data_parallel sdp", "strategy.data_parallel", DataParallel.sdp),
         ("--model_parallel_size 1", "strategy.model_parallel_size", 1),
         # spelled another way
@@ -90,7 +101,10 @@ def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
         ("--epochs 4 train.epochs=3", "train.epochs", 3),
     ],
 )
-def test_flag_sets_its_key(words, key, value):
+def test_flag_sets_its_key(words, key, value, tmp_path, monkeypatch):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
     found = attrgetter(key)(composed(*words.split()))
     assert found == value
     assert type(found) is type(value)
@@ -169,6 +183,33 @@ def test_cfg_job_prints_the_composed_configuration_and_runs_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "head"),
+    [
+        ("recipe=lora --cfg job --lr 1", ["--cfg=job"]),
+        ("recipe=lora --cfg=job --lr 1", ["--cfg=job"]),
+        ("recipe=lora --lr 1 -c job --resolve", ["-c=job", "--resolve"]),
+        ("recipe=lora -m --lr 1", ["-m"]),
+        ("--info recipe=lora --lr 1", ["--info=all"]),
+        ("recipe=lora --info defaults --lr 1", ["--info=defaults"]),
+        ("recipe=lora -i=plugins --lr 1", ["-i=plugins"]),
+    ],
+)
+def test_hydra_options_come_before_the_overrides(words, head):
+    assert rewrite(words.split(), FINETUNE_FLAGS) == [*head, "recipe=lora", "optim.lr='1'"]
+
+
+def test_list_flag_ends_at_a_short_option_of_hydra():
+    words = ["--pretrained_path", "hf", "-m", "recipe=lora,bias_lora"]
+    assert rewrite(words, FINETUNE_FLAGS) == ["-m", "model.pretrained_path=['hf']", "recipe=lora,bias_lora"]
+
+
+def test_cfg_among_overrides_and_flags_prints_the_configuration(tmp_path):
+    result = run_script("recipe=lora", *REQUIRED, "--cfg", "job", "--lr", "1e-3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["recipe"]["name"] == "lora"
+
+
 def test_help_lists_every_flag_group_and_key(tmp_path):
     result = run_script("--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -182,7 +223,7 @@ def test_multirun_trains_once_a_value_each_in_its_own_folder(tmp_path, meta_fold
     data = write_data(tmp_path / "data", alpaca_items(8), prompt_type="None")
     flags = ["--pretrained_path", str(meta_folder), "--data_config", str(data), "--output_dir", str(tmp_path / "out")]
     result = run_script(
-        "--multirun", *flags, "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
+        *flags, "-m", "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
         "recipe=norm_bias,norm_bias_lora", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -233,7 +274,20 @@ def refusal(monkeypatch, capsys):
         ("--batch_size --lr 1", ["--batch_size needs a value"]),
         ("--dialog=yes", ["--dialog is a switch", "'yes'"]),
         ("--quant", ["--quant", "--only_save_trainable"]),
-        ("--model_parallel_size 2", ["--model_parallel_size 2", "--data_parallel fsdp"]),
+        ("--model_parallel_size 2", ["--model_parallel_size 2", "use 1", "--data_parallel fsdp"]),
+        ("--data_parallel fsdp", ["--data_parallel fsdp is not part of this version", "--data_parallel sdp"]),
+        ("--output_dir x/${y}", ["output_dir", "'y' not found"]),
+        ("recipe=null", ["recipe=null", "norm_bias_lora"]),
+        ("logger=null", ["logger=null", "csv"]),
+        ("recipe=3", ["must be a string"]),
+        ("+optim.foo=1", ["unknown key optim.foo"]),
+        ("++optim.lrr=1", ["unknown key optim.lrr", "did you mean optim.lr?"]),
+        ("+optim.lrr=1,2 -m", ["unknown key optim.lrr", "did you mean optim.lr?"]),
+        ("--image_transform crop", ["data.image_transform", "crop", "resized_center_crop, padded_resize"]),
+        ("--config-dir x", ["unknown flag --config-dir"]),
+        ("--config-name x", ["unknown flag --config-name"]),
+        ("-cp x", ["unknown flag -cp"]),
+        ("--cfg", ["--cfg needs a value"]),
         ("--batch_size 0 --epochs 0", ["--batch_size 0", "--epochs 0"]),
     ],
 )
@@ -266,6 +320,26 @@ def test_mistake_ends_the_real_command_with_code_2_and_no_traceback(words, told,
     assert told in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_error_leaves_the_line_of_a_progress_bar(monkeypatch):
+    def fail() -> None:
+        raise UserError("wrong")
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    assert sys.stderr.getvalue() == "\nerror: wrong\n"
+
+
+def test_importing_the_command_line_does_not_load_torch():
+    code = "import sys, accessory.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=120).returncode == 0
 
 
 # --- the recipe that llama_config's JSON asks for --------------------------------------------------------------------
@@ -308,6 +382,49 @@ def test_later_llama_config_wins(lora_json, tmp_path):
 def test_llama_config_without_lora_leaves_the_recipe(settings, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(settings))
     assert composed("--llama_config", str(tmp_path / "params.json")).recipe.name == "norm_bias"
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"bias_tuning": False}, ("norm_bias", True, False, False)),
+        ({"norm_tuning": False}, ("norm_bias", False, True, False)),
+        ({"lora_rank": 8, "norm_tuning": False}, ("norm_bias_lora", False, True, True)),
+        ({"lora_rank": 8, "norm_tuning": False, "bias_tuning": False}, ("norm_bias_lora", False, False, True)),
+    ],
+)
+def test_norm_and_bias_tuning_in_llama_config_switch_that_part(settings, found, tmp_path):
+    (tmp_path / "lora.json").write_text(json.dumps(settings))
+    recipe = composed("--llama_config", str(tmp_path / "lora.json")).recipe
+    assert (recipe.name, recipe.norm, recipe.bias, recipe.lora) == found
+
+
+def test_llama_config_that_trains_nothing_is_refused(refusal, tmp_path):
+    (tmp_path / "none.json").write_text(json.dumps({"norm_tuning": False, "bias_tuning": False}))
+    assert "'norm_bias' trains nothing" in refusal(*REQUIRED, "--llama_config", str(tmp_path / "none.json"))
+
+
+def test_lora_rank_in_llama_config_goes_before_an_experiments_recipe(lora_json):
+    recipe = composed("experiment=alpaca_norm_bias", "--llama_config", lora_json, "--only_save_trainable").recipe
+    assert (recipe.name, recipe.rank) == ("norm_bias_lora", 8)
+
+
+def test_last_llama_config_flag_counts(lora_json, tmp_path):
+    (tmp_path / "plain.json").write_text("{}")
+    words = ["--llama_config", lora_json, "--llama_config", str(tmp_path / "plain.json")]
+    assert composed(*words).recipe.name == "norm_bias"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("[1]", "JSON object"), ("{", "not valid JSON"), (None, "no such file")], ids=str
+)
+def test_unusable_llama_config_is_told_in_one_line(text, told, refusal, tmp_path):
+    file = tmp_path / "lora.json"
+    if text is not None:
+        file.write_text(text)
+    line = refusal(*REQUIRED, "--llama_config", str(file))
+    assert str(file) in line
+    assert told in line
 
 
 # --- every shipped YAML ----------------------------------------------------------------------------------------------
@@ -354,6 +471,8 @@ def test_finetune_yaml_says_the_same_defaults_as_the_dataclasses():
         plain.recipe,
     )
     assert (config.quantization, config.strategy, config.logger) == (plain.quantization, plain.strategy, plain.logger)
+    assert config.data == DataConfig(data_config="data.yaml")
+    assert config.model == ModelConfig(pretrained_path=["base"])
     assert (config.seed, config.output_dir) == (plain.seed, plain.output_dir)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from omegaconf import MISSING, OmegaConf
 
 from accessory.config import (
     Config,
     DataConfig,
+    DataParallel,
+    LoggerConfig,
     ModelConfig,
     OptimConfig,
     Precision,
@@ -54,7 +58,18 @@ def node(**settings):
         ({"save": SaveConfig(epoch_interval=0)}, "--save_interval 0: must be at least 1"),
         ({"save": SaveConfig(step_interval=0)}, "--save_iteration_interval 0: must be at least 1"),
         ({"save": SaveConfig(keep=0)}, "save.keep=0: must be at least 1"),
-        ({"strategy": StrategyConfig(model_parallel_size=2)}, "--model_parallel_size 2: .*--data_parallel fsdp"),
+        ({"strategy": StrategyConfig(model_parallel_size=2)}, "--model_parallel_size 2: .*use 1 .*fsdp"),
+        ({"strategy": StrategyConfig(DataParallel.fsdp)}, "--data_parallel fsdp is not part .*--data_parallel sdp"),
+        ({"data": DataConfig(num_workers=-1)}, "--num_workers -1: must not be negative"),
+        ({"seed": -1}, r"--seed -1: must be in \[0, 4294967295\]"),
+        ({"seed": 2**32}, r"--seed 4294967296: must be in \[0, 4294967295\]"),
+        ({"optim": OptimConfig(weight_decay=-0.1)}, "--weight_decay -0.1: must not be negative"),
+        ({"train": TrainConfig(max_steps=0)}, "train.max_steps=0: must be at least 1, or -1"),
+        ({"train": TrainConfig(max_steps=-2)}, "train.max_steps=-2: must be at least 1, or -1"),
+        ({"train": TrainConfig(val_interval=1.5)}, "train.val_interval=1.5: above 1 it must be whole"),
+        ({"train": TrainConfig(val_interval=math.nan)}, "train.val_interval=nan: must be above 0"),
+        ({"recipe": RecipeConfig(lora=True, targets=[])}, r"recipe.targets=\[\]: LoRA needs linears"),
+        ({"logger": LoggerConfig(log_every_n_steps=0)}, "logger.log_every_n_steps=0: must be at least 1"),
     ],
 )
 def test_setting_that_cannot_work_is_refused_by_name_and_value(settings, complaint):
@@ -62,10 +77,38 @@ def test_setting_that_cannot_work_is_refused_by_name_and_value(settings, complai
         Config(**settings)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "min_lr", "weight_decay", "warmup_epochs", "clip_grad"])
+def test_number_that_is_not_finite_is_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name} {value}: must be finite"):
+        Config(optim=OptimConfig(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": TrainConfig(val_interval=2.0)},
+        {"train": TrainConfig(max_steps=1)},
+        {"data": DataConfig(num_workers=0)},
+        {"seed": 2**32 - 1},
+        {"optim": OptimConfig(clip_grad=-1.0)},
+        {"recipe": RecipeConfig(targets=[])},
+    ],
+)
+def test_setting_at_the_edge_of_what_works_is_accepted(settings):
+    assert isinstance(Config(**settings), Config)
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(UserError) as caught:
-        Config(train=TrainConfig(batch_size=0), optim=OptimConfig(lr=-1.0), recipe=RecipeConfig(rank=0))
-    assert all(name in str(caught.value) for name in ("--batch_size 0", "--lr -1.0", "recipe.rank=0"))
+        Config(
+            train=TrainConfig(batch_size=0),
+            optim=OptimConfig(lr=-1.0),
+            recipe=RecipeConfig(rank=0),
+            strategy=StrategyConfig(DataParallel.fsdp, model_parallel_size=2),
+        )
+    told = ("--batch_size 0", "--lr -1.0", "recipe.rank=0", "--data_parallel fsdp is", "--model_parallel_size 2")
+    assert all(name in str(caught.value) for name in told)
     assert "\n" not in str(caught.value)
 
 
@@ -110,6 +153,12 @@ def leaves(node: dict, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
 def test_description_lists_every_setting_once(schema):
     assert [key for key, _, _ in describe(schema)] == leaves(OmegaConf.to_container(OmegaConf.structured(schema)))
+
+
+@pytest.mark.parametrize("key", ["model.visual", "data.image_transform"])
+def test_setting_of_the_vision_part_says_that_it_has_no_effect(key):
+    (meaning,) = (meaning for name, _, meaning in describe(Config) if name == key)
+    assert meaning == "Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."
 
 
 def test_meaning_is_the_text_under_the_field():

@@ -265,3 +265,45 @@ def test_generating_in_the_middle_of_training_changes_no_gradient(hf_folder):
         gradients.append([layer.bias.grad for layer in block_linears(model).values()])
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+# --- stop text -------------------------------------------------------------------------------------------------------
+
+CONVERSATION = "Short lines # of text ## kept ### Human: and"
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Makes a model answer a given text, token by token."""
+
+    def install(model: Llama, text: str) -> None:
+        ids = model.tokenizer._inner.encode(text)
+        monkeypatch.setattr(generation, "generate_ids", lambda *_: (torch.tensor([token]) for token in ids))
+
+    return install
+
+
+def test_an_answer_ends_before_its_stop_text(model, says):
+    says(model, CONVERSATION)
+    (answer,) = generation.generate(model, ["prompt"], NEW, 0.0, 1.0, " ###")
+    assert answer == "Short lines # of text ## kept"
+
+
+def test_a_streamed_answer_never_shows_a_part_of_its_stop_text(model, says):
+    says(model, CONVERSATION)
+    pieces = list(stream(model, "prompt", NEW, 0.0, 1.0, " ###"))
+    assert pieces[-1] == "Short lines # of text ## kept"
+    assert all(later.startswith(earlier) for earlier, later in pairwise(pieces))
+
+
+def test_what_was_held_back_is_shown_where_the_stop_text_never_comes(model, says):
+    says(model, "Short lines ##")
+    assert list(stream(model, "prompt", NEW, 0.0, 1.0, " ###"))[-1] == "Short lines ##"
+
+
+def test_in_a_batch_each_answer_ends_at_its_own_stop_text(model):
+    texts = model.generate(PROMPTS, max_new_tokens=NEW)
+    stop_text = texts[1][5:7]
+    assert model.generate(PROMPTS, max_new_tokens=NEW, stop_text=stop_text) == [
+        text.partition(stop_text)[0] for text in texts
+    ]

@@ -20,7 +20,7 @@ pytestmark = [
 
 def small_model(recipe: RecipeConfig, dtype: torch.dtype = torch.bfloat16):
     """Four blocks of dim 512 in NF4, random weights and trainables, on the GPU."""
-    from accessory.checkpoint import _slots
+    from accessory.checkpoint import slots
 
     torch.manual_seed(0)
     params = {"dim": 512, "n_layers": 4, "n_heads": 8, "vocab_size": 1000}
@@ -28,7 +28,7 @@ def small_model(recipe: RecipeConfig, dtype: torch.dtype = torch.bfloat16):
     quantize(model, QuantizationConfig(method=QuantMethod.nf4), dtype)
     add_trainables(model, recipe)
     device = torch.device("cuda")
-    for name, (shape, store, _) in _slots(model, device, dtype):
+    for name, (shape, store, _) in slots(model, device, dtype):
         store(0.02 * torch.randn(shape, device=device) + ("norm" in name))
     model.model.rotary_emb.to(device)
     mark_trainable(model, recipe)

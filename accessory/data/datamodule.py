@@ -186,9 +186,10 @@ class DataModule(LightningDataModule):
         self.config, self.rank, self.pad_id = config, rank, tokenizer.eos_id
         items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer)
         self.val_report: Optional[Report] = None
+        self.val_key: Optional[str] = None
         self.train_items, self.val_items = items, None
         if config.val_config is not None:
-            self.val_items, self.val_report, _ = open_dataset(config.val_config, config, tokenizer)
+            self.val_items, self.val_report, self.val_key = open_dataset(config.val_config, config, tokenizer)
         elif held_out := int(len(items) * config.val_fraction):
             order = np.random.default_rng(seed).permutation(len(items))
             self.val_items = items.select(np.sort(order[:held_out]))

@@ -32,6 +32,7 @@ from accessory.models.tokenizer import Tokenizer
 ITEMS_FILE, REPORT_FILE = "items.arrow", "report.json"
 csv.field_size_limit(2**31 - 1)  # of a text field; 131,072 characters unless told otherwise
 FORMAT = 2  # part of the cache key: raise it when tokenized items change their meaning or layout
+# "type" groups entries, any word will do; "root" is the folder of an entry's images. Neither matters to text.
 ENTRY_KEYS = ("path", "type", "preprocess", "prompt_type", "root")
 PREPROCESS = ("single_turn_llava", "caption")
 FEATURES = datasets.Features(
@@ -131,6 +132,8 @@ def read_items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: unknown ending {suffix!r}; .json, .jsonl and .csv are read")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -177,6 +180,14 @@ def to_example(item: Any, where: str, entry: Entry, config: DataConfig, tokenize
         raise UserError(f"{where}: {error}") from None
 
 
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(f"{where}: holds {half}, half of a surrogate pair; write the character itself") from None
+
+
 def _single_turn_llava(item: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         question, answer = item["conversations"][:2]
@@ -189,8 +200,11 @@ def cache_key(entries: list[Entry], config: DataConfig, tokenizer: Tokenizer) ->
     digest = hashlib.sha256(f"{FORMAT},{tokenizer.fingerprint()},{config.max_words},{config.dialog}".encode())
     for entry in entries:
         digest.update(f"{entry.prompt_type.value},{entry.preprocess}".encode())
-        with entry.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with entry.path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{entry.path}: cannot be read ({error.strerror or error})") from None
     return digest.hexdigest()[:24]
 
 
@@ -206,18 +220,31 @@ def open_dataset(path: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[d
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
-            if not (folder / REPORT_FILE).is_file():
+            if (opened := _open_cache(folder)) is None:
                 _build(folder, entries, config, tokenizer)
-    except OSError as error:
+                opened = _open_cache(folder)
+    except OSError as error:  # reading a data file raises UserError
         raise UserError(f"data cache {folder}: {error.strerror or error}; choose another with data.cache_dir") from None
-    report = Report(**json.loads((folder / REPORT_FILE).read_text()))
+    if opened is None:
+        raise UserError(f"data cache {folder}: written, but cannot be read; choose another with data.cache_dir")
+    items, report = opened
     if report.items == 0:
         raise UserError(f"--data_config {path}: no items in {', '.join(str(e.path) for e in entries)}")
     if report.items == report.without_answer:
         raise UserError(
             f"--max_words {config.max_words}: shorter than every prompt of {path}, no answer is left to learn"
         )
-    return datasets.Dataset.from_file(str(folder / ITEMS_FILE)), report, key
+    return items, report, key
+
+
+def _open_cache(folder: Path) -> Optional[tuple[datasets.Dataset, Report]]:
+    """What `_build` left, or None where it is not there or not whole."""
+    try:
+        report = Report(**json.loads((folder / REPORT_FILE).read_text()))
+        items = datasets.Dataset.from_file(str(folder / ITEMS_FILE))
+    except (OSError, ValueError, TypeError):  # pyarrow.ArrowInvalid is a ValueError
+        return None
+    return (items, report) if len(items) == report.items - report.without_answer else None
 
 
 def _build(folder: Path, entries: list[Entry], config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -238,7 +265,9 @@ def _tokenize(
             read_items(entry.path), desc=f"tokenizing {entry.path.name}", unit="item", disable=not sys.stderr.isatty()
         )
         for where, item in bar:
-            ids, labels = encode(to_example(item, where, entry, config, tokenizer), tokenizer)
+            example = to_example(item, where, entry, config, tokenizer)
+            _check_characters(example.text, where)
+            ids, labels = encode(example, tokenizer)
             limit = config.max_words
             report.items += 1
             report.truncated += len(ids) > limit

@@ -60,7 +60,7 @@ class Example:
 def format_prompt(item: Mapping[str, Any], prompt_type: PromptType, tokenizer: Optional[Tokenizer] = None) -> str:
     """The prompt of a single-turn item {"instruction", "input"?}; chat needs the tokenizer's template."""
     if prompt_type is PromptType.chat:
-        return tokenizer.render_chat(_as_messages(item), answer_follows=True)
+        return tokenizer.render_chat(as_messages(item), answer_follows=True)
     instruction, context = item.get("instruction") or "", item.get("input") or ""
     if prompt_type is PromptType.alpaca and context.strip():
         return _ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
@@ -70,13 +70,14 @@ def format_prompt(item: Mapping[str, Any], prompt_type: PromptType, tokenizer: O
 def single_turn(item: Mapping[str, Any], prompt_type: PromptType, tokenizer: Tokenizer) -> Example:
     """prompt + item["output"], of which the output is learnt."""
     if prompt_type is PromptType.chat:
-        return _chat([*_as_messages(item), {"role": "assistant", "content": item["output"]}], tokenizer)
+        return _chat([*as_messages(item), {"role": "assistant", "content": item["output"]}], tokenizer)
     prompt = format_prompt(item, prompt_type)
     text = prompt + item["output"]
     return Example(text, ((len(prompt), len(text)),))
 
 
-def _as_messages(item: Mapping[str, Any]) -> list[dict[str, str]]:
+def as_messages(item: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The question of a single-turn item as a conversation of one turn."""
     parts = [item.get("instruction") or "", item.get("input") or ""]
     return [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
 

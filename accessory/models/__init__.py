@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,71 @@ PARAMS = {
     "bias_tuning": True,
     "norm_tuning": True,
 }
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_COUNT = (_is_count, "a whole number above 0")
+_POSITIVE = (_is_positive, "a number above 0")
+_SWITCH = (_is_switch, "true or false")
+# What each value of PARAMS has to be; where the default is None, null will do as well.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dim": _COUNT,
+    "n_layers": _COUNT,
+    "n_heads": _COUNT,
+    "n_kv_heads": _COUNT,
+    "vocab_size": (lambda value: _is_count(value) or value == -1, "a whole number above 0, or -1"),
+    "multiple_of": _COUNT,
+    "ffn_dim_multiplier": _POSITIVE,
+    "norm_eps": _POSITIVE,
+    "rope_theta": _POSITIVE,
+    "max_seq_len": _COUNT,
+    "rope_scaling": _POSITIVE,
+    "max_batch_size": _COUNT,
+    "lora_rank": (_is_whole, "a whole number"),
+    "bias_tuning": _SWITCH,
+    "norm_tuning": _SWITCH,
+}
+
+
+def check_params(params: dict[str, Any], source: str) -> None:
+    """Refuse unknown keys and values of the wrong type."""
+    for key, value in params.items():
+        if key not in PARAMS:
+            raise UserError(f"{source}: unknown key {key!r}{suggest(key, PARAMS)}; known: {', '.join(PARAMS)}")
+        fits, wanted = _CHECKS[key]
+        if not (fits(value) or (value is None and PARAMS[key] is None)):
+            raise UserError(f"{source}: {key}={value!r}: must be {wanted}")
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """A device by name; None: cuda where there is one, else the CPU."""
+    usable = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if usable else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: unknown device; known are cuda, cuda:1 (its second GPU) and cpu")
+    if device.type == "cuda" and not usable:
+        raise UserError(f"--device {name}: this machine has no usable GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: no such GPU; this machine has {torch.cuda.device_count()}")
+    return device
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,18 +127,15 @@ def config_from_params(params: dict[str, Any], vocab_size: int, source: str) -> 
 
     vocab_size: rows of the embedding, used where params.json says -1 (Meta's files do).
     """
-    for key in params:
-        if key not in PARAMS:
-            raise UserError(f"{source}: unknown key {key!r}{suggest(key, PARAMS)}; known: {', '.join(PARAMS)}")
+    check_params(params, source)
     p = {**PARAMS, **params}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(p["rope_theta"])}
     if p["rope_scaling"] is not None:  # positions are multiplied by it; transformers divides by its factor
         rope |= {"rope_type": "linear", "factor": 1.0 / float(p["rope_scaling"])}
-    for key in ("dim", "n_layers", "n_heads", "multiple_of"):
-        if not isinstance(p[key], int) or p[key] < 1:
-            raise UserError(f"{source}: {key}={p[key]!r}: must be a whole number above 0")
     if p["dim"] % p["n_heads"]:
         raise UserError(f"{source}: dim={p['dim']} is not a multiple of n_heads={p['n_heads']}")
+    if p["n_heads"] % (p["n_kv_heads"] or 1):
+        raise UserError(f"{source}: n_heads={p['n_heads']} is not a multiple of n_kv_heads={p['n_kv_heads']}")
     return _checked_config(
         source,
         vocab_size=p["vocab_size"] if p["vocab_size"] > 0 else vocab_size,

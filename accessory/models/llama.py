@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from accessory.errors import UserError
+
 
 class Cache(Protocol):
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -155,10 +157,7 @@ class Llama(nn.Module):
 
     def forward(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
         """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
-        if images is not None:
-            raise ValueError(
-                "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
-            )
+        _refuse_images(images is not None)
         return self.lm_head(self.hidden_states(input_ids)).float()
 
     def generate(
@@ -168,12 +167,16 @@ class Llama(nn.Module):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 0.95,
+        stop_text: Optional[str] = None,
     ) -> list[str]:
-        """Answers, without the prompts; temperature 0 is greedy, otherwise nucleus sampling with top_p."""
+        """Answers, without the prompts; temperature 0 is greedy, otherwise nucleus sampling with top_p. An answer ends
+        before stop_text too."""
         from accessory.generation import generate
 
-        if images is not None and any(image is not None for image in images):
-            raise ValueError(
-                "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
-            )
-        return generate(self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        _refuse_images(any(image is not None for image in images or []))
+        return generate(self, prompts, max_new_tokens, temperature, top_p, stop_text)
+
+
+def _refuse_images(given: bool) -> None:
+    if given:
+        raise UserError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from accessory.errors import UserError
 
@@ -18,7 +18,7 @@ HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """path: a sentencepiece `*.model` file, or a folder with tokenizer.json + tokenizer_config.json or tokenizer.model.
+    """path: a sentencepiece `*.model` file, or a folder with tokenizer.json or tokenizer.model.
 
     bos_id, eos_id: int; n_words: number of token ids.
     """
@@ -47,17 +47,22 @@ class Tokenizer:
         self.bos_text: Optional[str] = None
 
     def _open_huggingface(self) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         folder = self.path if self.path.is_dir() else self.path.parent
+        is_whole = (folder / HF_FILES[1]).is_file()
+        reader = AutoTokenizer if is_whole else PreTrainedTokenizerFast
         try:
-            self._inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._inner = reader.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the library raises whatever its parsers raise
-            raise UserError(f"{folder}: tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            hint = "" if is_whole else f"; {HF_FILES[1]} is missing"
+            raise UserError(f"{folder}: tokenizer cannot be read ({reason}){hint}") from None
         self.path = folder
         self.eos_id = self._inner.eos_token_id
         if self.eos_id is None:
-            raise UserError(f"{folder}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
+            where = HF_FILES[1] if is_whole else f"{HF_FILES[1]}, which is missing"
+            raise UserError(f"{folder}: the tokenizer names no EOS token; set eos_token in {where}")
         bos = self._inner.bos_token_id
         self.bos_id = self.eos_id if bos is None else bos
         self.n_words, self.chat_template = len(self._inner), self._inner.chat_template
@@ -105,7 +110,14 @@ def find_tokenizer(folder: Path) -> Optional[Path]:
         return folder
     if (folder / SENTENCEPIECE_FILE).is_file():
         return folder / SENTENCEPIECE_FILE
-    return None
+    return folder if (folder / HF_FILES[0]).is_file() else None
+
+
+def require_tokenizer(model: Any) -> Tokenizer:
+    """The tokenizer of a model that is to work on text."""
+    if model.tokenizer is None:
+        raise UserError("no tokenizer in the folders of --pretrained_path; name it with --tokenizer_path")
+    return model.tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from accessory.bases import Folder
 from accessory.config import RecipeConfig
+from accessory.errors import UserError
 from accessory.models.llama import RMSNorm
 from accessory.quantization import block_linears
 from accessory.tuning.lora import add_lora
@@ -55,6 +56,15 @@ def trainable_kind(name: str) -> str:
     return "bias" if name.endswith(".bias") else "norm"
 
 
+def weight_kind(name: str) -> Optional[str]:
+    """Which field of a recipe trains the weight called `name` on disk: norm, bias, lora, or None for frozen ones."""
+    if ".lora_A." in name or ".lora_B." in name:
+        return "lora"
+    if name.endswith(".bias"):
+        return "bias"
+    return "norm" if name.endswith(("norm.weight", "_layernorm.weight")) else None
+
+
 def count_trainables(model: nn.Module) -> Counter[str]:
     """Trainable parameters by kind."""
     counts: Counter[str] = Counter()
@@ -88,7 +98,10 @@ def recipe_of(folders: list[Folder]) -> Optional[RecipeConfig]:
     bias = any(name.endswith(".bias") for name in names)
     stated = next((f.meta["recipe"] for f in reversed(folders) if "recipe" in f.meta), None)
     if stated is not None:
-        return RecipeConfig(**stated)
+        try:
+            return RecipeConfig(**stated)
+        except TypeError as error:
+            raise UserError(f"{folders[-1].path}: meta.json was written by another version ({error})") from None
     if not lora and not bias:
         return None
     recipe = RecipeConfig(name="found", norm=True, bias=bias, lora=bool(lora))

@@ -346,3 +346,33 @@ def test_cache_that_cannot_be_written_names_the_setting(data_yaml, tokenizer, tm
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data cache .*file.*choose another with data\.cache_dir"):
         opened(str(data_yaml), tokenizer, cache_dir=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["items.arrow", "report.json"])
+def test_truncated_cache_is_built_again(name, kept, data_yaml, tokenizer, tmp_path, encodings):
+    first, report, key = opened(str(data_yaml), tokenizer)
+    rows = first.to_list()
+    file = tmp_path / "cache" / "accessory" / key / name
+    content = file.read_bytes()
+    file.unlink()  # a new file, as the old one is mapped into memory
+    file.write_bytes(content[: int(kept * len(content))])
+    again, same_report, _ = opened(str(data_yaml), tokenizer)
+    assert (again.to_list(), same_report) == (rows, report)
+    assert len(encodings) == 80
+
+
+def test_data_file_that_cannot_be_read_is_named_and_not_the_cache(data_yaml, tokenizer, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(dataset_module, "_read_json", broken)
+    with pytest.raises(UserError) as caught:
+        opened(str(data_yaml), tokenizer)
+    assert str(caught.value) == f"{data_yaml.parent / 'data.json'}: cannot be read (Input/output error)"
+
+
+def test_half_a_surrogate_pair_is_named_by_item(tmp_path, tokenizer):
+    path = data_file(tmp_path, [ITEMS[0], {"instruction": "a", "output": "b \ud800"}])
+    with pytest.raises(UserError, match=r"item 1: holds '\\ud800', half of a surrogate pair"):
+        opened(configure(tmp_path, {"path": path}), tokenizer)

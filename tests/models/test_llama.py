@@ -149,9 +149,9 @@ def test_recomputing_activations_changes_no_gradient(hf_folder):
 
 def test_images_are_refused_by_a_language_model(hf_folder):
     model = accessory.load_model([hf_folder])
-    with pytest.raises(ValueError, match="language-only"):
+    with pytest.raises(UserError, match="language-only"):
         model(IDS, images=torch.zeros(2, 3, 224, 224))
-    with pytest.raises(ValueError, match="language-only"):
+    with pytest.raises(UserError, match="language-only"):
         model.generate(["text"], images=[object()])
 
 
