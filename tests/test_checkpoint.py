@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import contextlib
 import hashlib
 import json
 import logging
@@ -368,23 +369,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_result(meta_folder, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only():
-    """The system itself refuses to write more than 1,000 bytes to a file."""
+    """The system itself refuses to write more than 1,000 bytes to a file. Only around the write: pytest's own output may
+    be such a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_write_that_the_system_refuses_leaves_the_old_result(meta_folder, tmp_path, request):
+def test_a_write_that_the_system_refuses_leaves_the_old_result(meta_folder, tmp_path):
     folder = saved(trained(meta_folder, seed=0), tmp_path / "run")
     before = content_of(folder)
     changed = trained(meta_folder, seed=1)
-    request.getfixturevalue("small_files_only")
-    with pytest.raises(Exception, match="File too large"):
+    with pytest.raises(Exception, match="File too large"), small_files_only():
         saved(changed, folder)
     assert content_of(folder) == before
 
