@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -371,7 +371,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_result(meta_folder, tmp_path
 
 @contextlib.contextmanager
 def small_files_only():
-    """The system itself refuses to write more than 1,000 bytes to a file. Only around the write: pytest's own output may
+    """The system itself refuses to write more than 1,000 bytes to a file. Around the write alone: pytest's output may
     be such a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
