@@ -194,9 +194,11 @@ def test_a_folder_that_holds_something_is_not_exported_into(tmp_path, name, kind
     assert str(tmp_path) in message and f"holds {kind} already" in message
 
 
-def test_an_empty_or_a_missing_folder_is_exported_into(tmp_path):
-    check_target(tmp_path)
-    check_target(tmp_path / "new")
+@pytest.mark.parametrize("name", [".", "new"])
+def test_an_empty_or_a_missing_folder_is_exported_into(meta_folder, tmp_path, name):
+    check_target(tmp_path / name)
+    export_hf(accessory.load_model(str(meta_folder)), tmp_path / name)
+    assert (tmp_path / name / "model.safetensors").is_file()
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
