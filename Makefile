@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart quickstart-mm test lint clean
 
 help:  ## show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 install: .venv/installed  ## make .venv with everything pinned in constraints.txt
 
@@ -18,6 +18,9 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 
 quickstart: install  ## fine-tune a real 135M model on this machine and show what changed (about 5 minutes on 2 cores)
 	$(BIN)/python scripts/quickstart.py
+
+quickstart-mm: install  ## teach it to read handwritten digits: alignment, then QPEFT on pictures (about 10 minutes)
+	$(BIN)/python scripts/quickstart_mm.py
 
 test: install  ## run the whole test suite on the CPU (GPU tests run where there is one)
 	$(BIN)/python -m pytest

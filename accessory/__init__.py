@@ -37,8 +37,8 @@ def load_model(
     from the last folder that has them. quantization: "none", "nf4" or a QuantizationConfig. dtype: compute type,
     torch.float32 unless given. Trainables found in the folders have requires_grad set.
 
-        model(input_ids)                 -> logits, float32 [batch, sequence, vocab]
-        model.generate(["prompt", …])    -> ["answer", …]
+        model(input_ids, images=None)    -> logits, float32 [batch, sequence, vocab]
+        model.generate(["prompt", …])    -> ["answer", …]; a multimodal model takes images=["file", None, …] too
         model.tokenizer                  -> Tokenizer, or None where no folder has one
 
     Raises accessory.errors.UserError (a ValueError) with one line about what is wrong and what to do.
@@ -54,7 +54,7 @@ def load_model(
         return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
 
     try:
-        kind = LlamaType(llama_type or LlamaType.llama_peft)
+        kind = None if llama_type is None else LlamaType(llama_type)
     except ValueError:
         raise UserError(f"llama_type={llama_type!r}: known are {', '.join(t.value for t in LlamaType)}") from None
     if not isinstance(quantization, QuantizationConfig):

@@ -21,13 +21,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from accessory.bases import META_FILE, OUTPUT, TRAINABLE_FILE, Folder, fingerprint, open_folder
+from accessory.bases import (
+    FROZEN_FILE,
+    META_FILE,
+    TRAINABLE_FILE,
+    VISION_CONFIG_FILE,
+    Folder,
+    fingerprint,
+    image_fingerprint,
+    open_folder,
+)
 from accessory.errors import UserError
+from accessory.models import write_vision_config
 from accessory.models.llama import Llama, RMSNorm
+from accessory.models.qformer import QFormerLlama
 from accessory.models.tokenizer import Tokenizer
 from accessory.quantization import QuantLinear
-from accessory.tuning.recipe import canonical_name, trainable_state
+from accessory.shards import OUTPUT, is_image_part
+from accessory.tuning.recipe import canonical_name, trainable_state, weight_kind
 
+CHECKSUMS = {"sha256": TRAINABLE_FILE, "frozen_sha256": FROZEN_FILE}  # by key of meta.json
 VERSIONED = ("transformers", "pytorch-lightning", "bitsandbytes", "peft")
 
 
@@ -50,24 +63,33 @@ def open_folders(paths: list[str]) -> list[Folder]:
     return folders
 
 
-def check_pairing(folders: list[Folder]) -> str:
-    """Trainables belong to the base they were trained on. Returns the base's fingerprint."""
-    base = fingerprint(folders[0])
+def check_pairing(folders: list[Folder]) -> dict[str, str]:
+    """Trainables belong to the base they were trained on. Returns what identifies the base: fingerprint, and image_part
+    where it has one."""
+    found = {"fingerprint": fingerprint(folders[0])}
+    if (image_part := image_fingerprint(folders[0])) is not None:
+        found["image_part"] = image_part
     for folder in folders[1:]:
-        if folder.kind != "trainable":
-            continue
-        trained_on = folder.meta.get("base", {})
-        if trained_on and trained_on.get("fingerprint") != base:
+        if folder.kind == "trainable":
+            _check_base(folder, folders[0], found)
+            for key, file in CHECKSUMS.items():
+                stated = folder.meta.get(key)
+                if stated and (not (folder.path / file).is_file() or stated != sha256(folder.path / file)):
+                    raise UserError(
+                        f"{folder.path / file}: its checksum is not the one in {META_FILE}; it is damaged or missing"
+                    )
+    return found
+
+
+def _check_base(folder: Folder, base: Folder, found: dict[str, str]) -> None:
+    trained_on = folder.meta.get("base", {})
+    for key, now in found.items():
+        before = trained_on.get(key)
+        if trained_on and before != now and not (key == "image_part" and before is None):
             raise UserError(
-                f"{folder.path} was trained on {trained_on.get('path')} (fingerprint {trained_on.get('fingerprint')}), "
-                f"not on {folders[0].path} (fingerprint {base}); give that base"
+                f"{folder.path} was trained on {trained_on.get('path')} ({key} {before}), not on {base.path} "
+                f"({key} {now}); give that base"
             )
-        digest = folder.meta.get("sha256")
-        if digest and digest != sha256(folder.path / TRAINABLE_FILE):
-            raise UserError(
-                f"{folder.path / TRAINABLE_FILE}: its checksum is not the one in {META_FILE}; it is damaged"
-            )
-    return base
 
 
 def load_weights(
@@ -75,20 +97,22 @@ def load_weights(
 ) -> None:
     """Stream all folders into `model`, weight by weight; quantized layers quantize each as it arrives, on `device`.
 
-    Later folders win; a diff folder adds to what came before. fresh_trainables: biases and LoRA that no folder holds
-    keep their initial values (training), instead of being an error.
+    Later folders win; a diff folder adds to what came before. fresh_trainables: biases, LoRA and a projector that no
+    folder holds start with initial values (training), instead of being an error.
     """
     places = dict(slots(model, device, dtype))
     sources = _sources(folders, places, tied=model.config.tie_word_embeddings)
     optional = {name for name, (_, _, is_fresh) in places.items() if is_fresh and fresh_trainables}
-    missing = sorted(places.keys() - sources.keys() - optional)
-    if missing:
-        where = ", ".join(str(folder.path) for folder in folders)
-        raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}")
+    fresh_projector = fresh_trainables and _starts_projector(model, sources)
+    if fresh_projector:
+        optional |= {name for name in places if is_image_part(name) and weight_kind(name) != "vision"}
+    _refuse_missing(sorted(places.keys() - sources.keys() - optional), folders)
     bar = tqdm(sources, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False)
     for name in bar:
         shape, store, _ = places[name]
-        store(_read(name, sources[name], shape))
+        store(read_sum(name, sources[name], shape))
+    if fresh_projector:
+        model.initialize_projector()
     for module in model.modules():  # fresh biases and LoRA, and the rotary frequencies, were made on the CPU
         if not any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             module._apply(lambda t: t.to(device), recurse=False)
@@ -96,16 +120,43 @@ def load_weights(
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
+def _starts_projector(model: Llama, sources: dict[str, list[Folder]]) -> bool:
+    """Whether the recipe trains a projector of which no folder holds a part."""
+    return (
+        isinstance(model, QFormerLlama)
+        and model.start_img.requires_grad
+        and not any(is_image_part(name) and weight_kind(name) != "vision" for name in sources)
+    )
+
+
+def _refuse_missing(missing: list[str], folders: list[Folder]) -> None:
+    if not missing:
+        return
+    where = ", ".join(str(folder.path) for folder in folders)
+    hint = ""
+    if any(name.startswith("qformer.") for name in missing):
+        hint = "; a BLIP-2 folder that holds the vision part can be named with model.vision_path"
+    elif all(map(is_image_part, missing)):
+        hint = "; a projector that starts from nothing has to train: recipe.projector=true"
+    raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}{hint}")
+
+
 Slot = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
 
 
 def slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
-    """name on disk -> (shape, how to store a tensor there, whether training may start without it)."""
+    """name on disk -> (shape, how to store a tensor there, whether training may start without it).
+
+    What is marked as trainable, and every norm of LLaMA, is fp32; the rest is stored in `dtype`.
+    """
 
     def setter(module: nn.Module, leaf: str, as_dtype: torch.dtype) -> Callable[[Tensor], None]:
+        trains = getattr(module, leaf).requires_grad
+        as_dtype = torch.float32 if trains else as_dtype
+
         def store(tensor: Tensor) -> None:
             value = tensor.to(device=device, dtype=as_dtype, copy=True)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            setattr(module, leaf, nn.Parameter(value, requires_grad=trains))
 
         return store
 
@@ -124,10 +175,12 @@ def slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterato
                 inner = getattr(module, matrix)["default"]
                 shape = tuple(inner.weight.shape)
                 yield f"{prefix}.{matrix}.weight", (shape, setter(inner, "weight", torch.float32), True)
-        elif isinstance(module, RMSNorm):
-            yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", torch.float32), False)
-        elif isinstance(module, (nn.Embedding, nn.Linear)) and module.weight.is_meta and f"{prefix}.weight" != tied:
-            yield f"{prefix}.weight", (tuple(module.weight.shape), setter(module, "weight", dtype), False)
+        else:
+            kept = torch.float32 if isinstance(module, RMSNorm) else dtype
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if parameter.is_meta and name != tied:
+                    yield name, (tuple(parameter.shape), setter(module, leaf, kept), False)
 
 
 def _sources(folders: list[Folder], places: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
@@ -153,7 +206,8 @@ def _why_unfit(name: str) -> str:
     return " (another architecture or size?)"
 
 
-def _read(name: str, sources: list[Folder], shape: tuple[int, ...]) -> Tensor:
+def read_sum(name: str, sources: list[Folder], shape: tuple[int, ...]) -> Tensor:
+    """The value of a weight: the tensor of the one folder, or the sum of a base's and its diffs'."""
     tensors = []
     for folder in sources:
         tensor = folder.tensor(name)
@@ -229,12 +283,42 @@ def versions() -> dict[str, str]:
     return found | {"torch": torch.__version__}  # with its CUDA build, which the metadata leaves out
 
 
+def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional[Path]:
+    """Write what neither the base (the first folder) holds nor the recipe trains, so that the base and the run's folder
+    make the whole model: a vision model from model.vision_path, a projector trained by an earlier run. As stored there.
+
+    trains: names of the trainables. Returns `file`, or None where there is nothing to keep.
+    """
+    kept: dict[str, Tensor] = {}
+    for folder in folders[1:]:
+        kept |= {name: folder.tensor(name) for name in folder.names if is_image_part(name) and name not in trains}
+    file.unlink(missing_ok=True)
+    if not kept:
+        return None
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, partial, metadata={"format": "pt"})
+        os.chmod(partial, 0o644)
+        _fsync(partial)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, file) from error
+    return file
+
+
 def save_trainable(
-    model: Llama, folder: Path, meta: dict[str, Any], config_yaml: str, tokenizer: Optional[Tokenizer]
+    model: Llama,
+    folder: Path,
+    meta: dict[str, Any],
+    config_yaml: str,
+    tokenizer: Optional[Tokenizer],
+    frozen: Optional[Path] = None,
 ) -> None:
     """Write trainable.safetensors (fp32), meta.json, config.yaml and the tokenizer into `folder`, atomically.
 
-    Other files of `folder` (logs, curves, checkpoints) stay. meta: what meta.json says besides versions and checksum.
+    Other files of `folder` (logs, curves, checkpoints) stay. meta: what meta.json says besides versions and checksum;
+    frozen: the file of `save_frozen`, linked into `folder` where it does not lie there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / "result") as partial:
@@ -245,7 +329,19 @@ def save_trainable(
         (partial / "config.yaml").write_text(config_yaml)
         if tokenizer is not None:
             tokenizer.save(partial)
+        if isinstance(model, QFormerLlama):
+            write_vision_config(model.vision_config, partial / VISION_CONFIG_FILE)
+        if frozen is not None and frozen.parent != folder:
+            _link(frozen, partial / FROZEN_FILE)
     # The trainables move last: where they stand, all that describes them stands too.
     for path in sorted((folder / "result").iterdir(), key=lambda p: p.name == TRAINABLE_FILE):
         os.replace(path, folder / path.name)
     (folder / "result").rmdir()
+
+
+def _link(source: Path, target: Path) -> None:
+    """One file under two names: every checkpoint holds the vision model, the disk holds it once."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

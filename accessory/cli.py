@@ -26,11 +26,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from accessory.config import Config, describe, to_typed
+from accessory.config import CONFIG_DIR, Config, describe, find_file, to_typed
 from accessory.errors import UserError, suggest
-
-_HERE = Path(__file__).resolve().parent
-CONFIG_DIR = next((d for d in (_HERE / "configs", _HERE.parent / "configs") if d.is_dir()), _HERE.parent / "configs")
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ def adopt_lora_settings(overrides: list[str]) -> list[str]:
         return overrides
     from accessory.models import read_json  # loads torch
 
-    settings = {key: value for file in files for key, value in read_json(Path(str(file)).expanduser()).items()}
+    settings = {key: value for file in files for key, value in read_json(find_file(str(file))).items()}
     rank = settings.get("lora_rank", -1)
     chosen = ["recipe=norm_bias_lora", f"recipe.rank={rank}"] if isinstance(rank, int) and rank > 0 else []
     chosen += [f"recipe.{part}=false" for part in ("norm", "bias") if settings.get(f"{part}_tuning") is False]

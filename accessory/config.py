@@ -14,11 +14,22 @@ import math
 import textwrap
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from accessory.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+CONFIG_DIR = next((d for d in (_HERE / "configs", _HERE.parent / "configs") if d.is_dir()), _HERE.parent / "configs")
+
+
+def find_file(path: str) -> Path:
+    """A JSON file as it is named, or the one that is shipped under that name (configs/model/…)."""
+    file = Path(path).expanduser()
+    shipped = CONFIG_DIR.parent / path
+    return shipped if not file.exists() and shipped.is_file() else file
 
 
 class LlamaType(str, Enum):
@@ -43,6 +54,11 @@ class DataParallel(str, Enum):
     fsdp = "fsdp"
 
 
+class BadImages(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class ImageTransform(str, Enum):
     random_resized_crop = "random_resized_crop"
     resized_center_crop = "resized_center_crop"
@@ -63,10 +79,16 @@ class LoggerName(str, Enum):
 
 @dataclass
 class ModelConfig:
-    llama_type: LlamaType = LlamaType.llama_peft
-    """llama_peft (or llama): language only; llama_qformerv2_peft: with BLIP-2's Q-Former in front."""
+    llama_type: Optional[LlamaType] = None
+    """llama_peft (or llama): language only; llama_qformerv2_peft: with BLIP-2's Q-Former in front. Unset: as the
+    folders say."""
     llama_config: list[str] = field(default_factory=list)
     """JSON files whose union describes the model (Meta's params.json, LoRA settings); later files win."""
+    vision_path: Optional[str] = None
+    """BLIP-2 folder (or Hub name) with the vision model and Q-Former, where no pretrained folder holds them."""
+    vision_config: Optional[str] = None
+    """JSON with the sizes of vision model and Q-Former (transformers' Blip2Config without its language part). Unset:
+    the folders' vision_config.json, else those of BLIP-2 opt-2.7b."""
     tokenizer_path: Optional[str] = None
     """tokenizer.model (sentencepiece) or a Hugging Face folder; unset: the last pretrained folder that has one."""
     pretrained_path: list[str] = MISSING
@@ -74,7 +96,7 @@ class ModelConfig:
     pretrained_type: Optional[str] = None
     """Ignored: the format of a folder is recognised by its files."""
     visual: bool = True
-    """Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."""
+    """Whether a multimodal model takes images; --no_visual loads its language part alone."""
 
 
 @dataclass
@@ -87,6 +109,8 @@ class QuantizationConfig:
     """Quantize the scales too (QLoRA, arXiv:2305.14314, section 3): 4.127 instead of 4.5 bits a weight."""
     lm_head: bool = False
     """Quantize the output layer as well, as LLaMA2-Accessory did; costs quality, saves little."""
+    vision: bool = False
+    """Quantize the linears of vision model, Q-Former and projector as well, as LLaMA2-Accessory did."""
 
 
 @dataclass
@@ -99,6 +123,11 @@ class RecipeConfig:
     """Train a bias on every linear of the decoder blocks (added as zeros where the base has none)."""
     lora: bool = False
     """Train LoRA matrices (arXiv:2106.09685) on the linears of the decoder blocks."""
+    projector: bool = False
+    """Train all of the projector between Q-Former and LLaMA, and the image tags (alignment; norm and bias train its
+    LayerNorm and biases anyway)."""
+    vision: bool = False
+    """Train the vision model and the Q-Former, in fp32 (for small ones that start from nothing)."""
     rank: int = 16
     """LoRA rank."""
     alpha: Optional[float] = None
@@ -128,7 +157,13 @@ class DataConfig:
     prompt_type: Optional[PromptType] = None
     """Prompt of data files that name none in the YAML: alpaca (default), shortqa, qg, caption, None, chat."""
     image_transform: ImageTransform = ImageTransform.random_resized_crop
-    """Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."""
+    """How training images become square: random_resized_crop, resized_center_crop or padded_resize. Where nothing may
+    be random (validation, answers), random_resized_crop becomes resized_center_crop."""
+    image_root: Optional[str] = None
+    """Folder of the images whose data YAML entry has no root; unset: they are looked up from here, then from the data
+    file's folder."""
+    bad_images: BadImages = BadImages.stop
+    """At an image that is missing, broken or too large: stop before training, or skip its items and count them."""
     cache_dir: Optional[str] = None
     """Where tokenized data is kept (memory-mapped); unset: ~/.cache/accessory."""
     cache_ann_on_disk: bool = False
@@ -239,7 +274,14 @@ class Config:
                 f"quantization={self.quantization.method.value} (--quant) needs --only_save_trainable: "
                 "a 4-bit base cannot take the update without losing it",
             ),
-            (not (recipe.norm or recipe.bias or recipe.lora), f"recipe {recipe.name!r} trains nothing"),
+            (
+                not (recipe.norm or recipe.bias or recipe.lora or recipe.projector or recipe.vision),
+                f"recipe {recipe.name!r} trains nothing",
+            ),
+            (
+                recipe.vision and self.quantization.vision and quantized,
+                "recipe.vision=true with quantization.vision=true: a quantized vision model cannot train; choose one",
+            ),
             (
                 recipe.lora and not recipe.targets,
                 "recipe.targets=[]: LoRA needs linears; name some or use recipe.lora=false",

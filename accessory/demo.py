@@ -1,14 +1,17 @@
-"""What the demos share: their flags, loading, streaming to a terminal, and the Gradio page.
+"""What the demos share: their flags, loading, streaming to a terminal; and the page of single turns.
 
-Flags are LLaMA2-Accessory's. A page is bound to 127.0.0.1; it leaves the machine only with --share.
+Flags are LLaMA2-Accessory's. A page is bound to 127.0.0.1; it leaves the machine only with --share. Uploaded images lie
+in Gradio's temporary folder, for a day at most, and no other file can be read through a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 
@@ -23,6 +26,9 @@ from accessory.models.tokenizer import require_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONVERSATION = "conversation"  # the format of models trained with --dialog
+SINGLE_TURN = [*(kind.value for kind in PromptType), CONVERSATION]
+KEPT_SECONDS = 24 * 3600  # how long an uploaded image lies in Gradio's temporary folder
+CSS = ".message-markdown-disabled .md { white-space: pre-wrap !important; }"  # the indentation of code in a chat
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +46,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
 
 
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+def add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every demo: the question, how it is answered, and the page."""
     add = parser.add_argument
     add("--prompt", default=None, help="answer this question and exit; unset: serve a page")
-    add("--input", default="", help="the question's optional input")
-    kinds = [*(kind.value for kind in PromptType), CONVERSATION]
-    add("--system_prompt", choices=kinds, default="alpaca", help="as in training; conversation: --dialog")
     add("--max_gen_len", type=int, default=128, help="longest answer in tokens")
     add("--temperature", type=float, default=0.0, help="0: the most likely answer, always the same")
     add("--top_p", type=float, default=0.75, help="nucleus of the sampling, where temperature is above 0")
@@ -53,14 +57,34 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     add("--share", action="store_true", help="also open a public link through Gradio's servers")
 
 
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a single turn."""
+    add_answer_flags(parser)
+    add = parser.add_argument
+    add("--input", default="", help="the question's optional input")
+    add("--system_prompt", choices=SINGLE_TURN, default="alpaca", help="as in training; conversation: --dialog")
+
+
+def add_image_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", default=None, help="image file that --prompt asks about; on a page, upload it")
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse, with unknown flags as one line with a suggestion."""
+    """Parse and check; unknown flags are one line with a suggestion."""
     args, unknown = parser.parse_known_args()
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0], known)}; --help lists them")
     if args.model_parallel_size not in (None, "1"):
         raise UserError("--model_parallel_size: tensor parallelism is not offered; one GPU answers")
+    if args.max_gen_len < 1:
+        raise UserError(f"--max_gen_len {args.max_gen_len}: an answer has at least 1 token")
+    if getattr(args, "image", None) is not None:
+        if args.prompt is None:
+            raise UserError("--image goes with --prompt; without it a page is served, where images are uploaded")
+        args.image = str(Path(args.image).expanduser())
+        if not Path(args.image).is_file():
+            raise UserError(f"--image {args.image}: no such file")
     return args
 
 
@@ -74,76 +98,153 @@ def load(args: argparse.Namespace) -> Llama:
         device=find_device(args.device),
         dtype=DTYPES[args.dtype],
     )
-    require_tokenizer(model)
+    tokenizer = require_tokenizer(model)
+    if args.system_prompt == PromptType.chat and tokenizer.chat_template is None:
+        raise UserError(f"--system_prompt chat: {tokenizer.path} has no chat template; choose another")
+    if getattr(args, "image", None) is not None and model.image_words == 0:
+        raise UserError(f"--image {args.image}: this model is language-only; llama_qformerv2_peft takes images")
     if args.max_seq_len is not None:
         model.config.max_position_embeddings = args.max_seq_len
     return model
 
 
-def answers(model: Llama, question: str, context: str, kind: str, length: int, temperature: float, top_p: float):
+def answers(
+    model: Llama,
+    question: str,
+    context: str,
+    kind: str,
+    length: int,
+    temperature: float,
+    top_p: float,
+    image: Optional[str] = None,
+) -> Iterator[str]:
     """The growing answer to a question in a prompt format."""
     item, stop_text = {"instruction": question, "input": context}, None
     if kind == CONVERSATION:  # its answers end with a separator, not with EOS
         prompt, stop_text = dialog_prompt(as_messages(item)), f"\n{SEPARATOR}"
     else:
         prompt = format_prompt(item, PromptType(kind), model.tokenizer)
-    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text)
+    yield from reply(model, prompt, length, temperature, top_p, stop_text, image)
 
 
-def answer_once(model: Llama, args: argparse.Namespace) -> None:
-    """Print the answer as it grows; stdout holds the answer and nothing else."""
+def reply(
+    model: Llama,
+    prompt: str,
+    length: float,
+    temperature: float,
+    top_p: float,
+    stop_text: Optional[str],
+    image: Optional[str],
+) -> Iterator[str]:
+    """The growing answer to a prompt; numbers as a page's sliders give them."""
+    picture = {} if image is None else {"image": image}
+    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text, **picture)
+
+
+def print_answer(growing: Iterator[str]) -> None:
+    """Print an answer as it grows; stdout holds the answer and nothing else."""
     if int(os.environ.get("RANK", 0)) != 0:
         return
     shown = ""
-    for text in answers(
-        model, args.prompt, args.input, args.system_prompt, args.max_gen_len, args.temperature, args.top_p
-    ):
+    for text in growing:
         print(text[len(shown) :], end="", flush=True)
         shown = text
     print(flush=True)
 
 
+def answer_once(model: Llama, args: argparse.Namespace) -> None:
+    how = args.system_prompt, args.max_gen_len, args.temperature, args.top_p, getattr(args, "image", None)
+    print_answer(answers(model, args.prompt, args.input, *how))
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
 def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
-    gr = _gradio()
+    gr = open_gradio()
 
     def respond(*values: Any) -> Iterator[str]:
-        question = values[0]
-        if not question.strip():
-            raise gr.Error("Please type a question.")
+        if not values[0].strip():
+            toast("There is no question yet.")
+            return
         try:
             yield from answers(model, *values)
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            toast(str(error), values[-1])
 
-    with gr.Blocks(title="Single turn") as page:
-        gr.Markdown(f"## Single turn\n`{' + '.join(args.pretrained_path)}`{' in NF4' if args.quant else ''}")
+    with gr.Blocks(title="Single turn", delete_cache=(3600, KEPT_SECONDS)) as page:
+        gr.Markdown(heading("Single turn", args))
         with gr.Row():
             with gr.Column():
-                question = gr.Textbox(lines=4, label="Question", autofocus=True)
+                image = image_box(model, "Image (optional)")
+                question = gr.Textbox(lines=4, label="Question", autofocus=True, placeholder="Shift + Enter runs")
                 context = gr.Textbox(lines=2, label="Input (optional)")
-                kinds = [
-                    kind.value for kind in PromptType if kind is not PromptType.chat or model.tokenizer.chat_template
-                ] + [CONVERSATION]
-                system = gr.Dropdown(kinds, value=args.system_prompt, label="System prompt")
-                length = gr.Slider(1, 2048, value=args.max_gen_len, step=1, label="Max length (tokens)")
-                temperature = gr.Slider(0, 1, value=args.temperature, label="Temperature (0: always the same answer)")
-                top_p = gr.Slider(0.05, 1, value=args.top_p, label="Top p")
                 with gr.Row():
                     run = gr.Button("Run", variant="primary")
                     stop = gr.Button("Stop", variant="stop")
-            answer = gr.Textbox(lines=20, label="Answer", interactive=False)
-        inputs = [question, context, system, length, temperature, top_p]
-        running = [run.click(respond, inputs, answer), question.submit(respond, inputs, answer)]
+            with gr.Column():
+                answer = gr.Textbox(lines=14, label="Answer", interactive=False, buttons=["copy"])
+        with gr.Row():
+            settings = answer_settings(model, args, SINGLE_TURN)
+        running = gr.on([run.click, question.submit], respond, [question, context, *settings, image], answer)
         stop.click(None, cancels=running)
+    launch(page, args)
+
+
+def heading(title: str, args: argparse.Namespace) -> str:
+    return f"## {title}\n`{' + '.join(args.pretrained_path)}`{' in NF4' if args.quant else ''}"
+
+
+def image_box(model: Llama, label: str) -> Any:
+    """Where an image is uploaded; hidden where the model takes none. Its value is a path in Gradio's folder."""
+    box = open_gradio().Image(
+        type="filepath", image_mode=None, sources=["upload"], height=260, label=label, visible=model.image_words > 0
+    )
+    # Gradio would open the file itself and lay its failure over the whole page; a broken one is `answers`' to tell.
+    box.preprocess = lambda upload: None if upload is None else upload.path
+    return box
+
+
+def answer_settings(model: Llama, args: argparse.Namespace, formats: list[str]) -> list[Any]:
+    """System prompt, length, temperature and top p, with the command line's values."""
+    gr = open_gradio()
+    known = [kind for kind in formats if kind != PromptType.chat or model.tokenizer.chat_template]
+    longest = max(args.max_gen_len, min(2048, model.config.max_position_embeddings))
+    return [
+        gr.Dropdown(known, value=args.system_prompt, label="System prompt", visible=len(known) > 1),
+        gr.Slider(1, longest, value=args.max_gen_len, step=1, label="Max length (tokens)"),
+        gr.Slider(0, 1, value=args.temperature, label="Temperature", info="0: always the most likely answer"),
+        gr.Slider(0.05, 1, value=args.top_p, label="Top p", info="for temperatures above 0"),
+    ]
+
+
+def toast(message: str, image: Optional[str] = None) -> None:
+    """Tell a user's mistake in a corner of the page, which stays as it is. (gr.Error would cover every output.) An
+    uploaded image is called by the user's name for it."""
+    if image is not None:
+        message = message.replace(image, Path(image).name)
+    open_gradio().Warning(html.escape(message, quote=False))
+
+
+def launch(page: Any, args: argparse.Namespace) -> None:
+    """Serve until interrupted; one answer at a time, whoever asks."""
     page.queue(default_concurrency_limit=1)
     try:
-        page.launch(server_name="127.0.0.1", server_port=args.port, share=args.share)
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=args.share,
+            show_error=True,
+            footer_links=[],
+            css=CSS,
+        )
     except (OSError, OverflowError):
         raise UserError(f"--port {args.port}: cannot be opened, another program may use it; choose another") from None
 
 
-def _gradio() -> Any:
+def open_gradio() -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # questions and answers would stay in the browser
     try:
         import gradio
     except ImportError:

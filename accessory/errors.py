@@ -14,3 +14,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """' (did you mean x?)' for the nearest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error, for the end of a line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

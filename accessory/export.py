@@ -15,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from accessory.bases import CONFIG_FILE
+from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
 from accessory.checkpoint import atomic_folder
+from accessory.config import LlamaType
 from accessory.errors import UserError
+from accessory.models import write_vision_config
 from accessory.models.llama import Llama, RMSNorm
+from accessory.models.qformer import QFormerLlama
 from accessory.quantization import QuantLinear, block_linears, linear_weight
+from accessory.shards import is_image_part
 from accessory.tuning.recipe import canonical_name, trainable_state
 
 SHARD_BYTES = 4 * 2**30
@@ -27,7 +31,8 @@ ADAPTER_PREFIX = "base_model.model."
 
 
 def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write config.json, *.safetensors and the tokenizer: AutoModelForCausalLM.from_pretrained loads it.
+    """Write config.json, *.safetensors and the tokenizer: AutoModelForCausalLM.from_pretrained loads it. The image part
+    of a multimodal model lies in a file of its own.
 
     Norms, biases and merged LoRA included; biases become the model's own (attention_bias, mlp_bias). Tensor by tensor,
     so memory needs one shard on top of the model.
@@ -43,8 +48,27 @@ def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -
         _flush(pending, partial, shards)
         _name_shards(partial, shards)
         config.save_pretrained(partial)
+        if isinstance(model, QFormerLlama):
+            _write_image_part(model, partial, dtype)
         if model.tokenizer is not None:
             model.tokenizer.save(partial)
+
+
+def _write_image_part(model: QFormerLlama, folder: Path, dtype: torch.dtype) -> None:
+    """Beside the language model, which stays one for transformers: what accessory needs to make it multimodal again."""
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and is_image_part(path):
+            tensors[f"{path}.weight"] = module.dequantize(dtype)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            if is_image_part(name):
+                tensors[name] = parameter
+    ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(ready, folder / IMAGE_FILE, metadata={"format": "pt"})
+    write_vision_config(model.vision_config, folder / VISION_CONFIG_FILE)
+    meta = {"llama_type": LlamaType.llama_qformerv2_peft.value, "image_transform": model.image_transform.value}
+    (folder / META_FILE).write_text(json.dumps({"format": 1} | meta, indent=2) + "\n")
 
 
 def _export_config(model: Llama, dtype: torch.dtype) -> LlamaConfig:
@@ -81,6 +105,8 @@ def _export_tensors(model: Llama, config: LlamaConfig, dtype: torch.dtype):
     done: set[int] = set()
     for path, module in model.named_modules():
         name = canonical_name(f"{path}.").removesuffix(".")
+        if is_image_part(name):
+            continue
         if isinstance(module, (RMSNorm, nn.Embedding)):
             yield f"{name}.weight", ready(module.weight)
         elif isinstance(module, LoraLayer) or (isinstance(module, QuantLinear) and id(module) not in done):
@@ -125,6 +151,8 @@ def export_peft(model: Llama, folder: Path) -> None:
         raise UserError(
             f"a PEFT adapter cannot add biases ({biased[0]} has one); export --format hf instead, or train recipe=lora"
         )
+    if image := next(filter(is_image_part, state), None):
+        raise UserError(f"a PEFT adapter cannot hold an image part ({image} was trained); export --format hf instead")
     loras = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not loras:
         raise UserError("no LoRA in this model, so there is no adapter to export; export --format hf instead")

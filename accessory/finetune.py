@@ -17,19 +17,21 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
 from accessory.assemble import Sources, assemble, check_continuation, open_sources
-from accessory.bases import digest
+from accessory.bases import FROZEN_FILE, digest
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
-from accessory.checkpoint import disk_error, save_trainable
+from accessory.checkpoint import disk_error, save_frozen, save_trainable, sha256
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.models.llama import Llama
+from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
 from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, find_checkpoint, refuse_finished
 from accessory.strategies import DTYPES, Float16, World, find_world, make_strategy
 from accessory.summary import describe_run
+from accessory.tuning.recipe import trainable_state
 
 
 def finetune(config: Config) -> Path:
@@ -44,9 +46,8 @@ def finetune(config: Config) -> Path:
     sources = open_sources(config.model)
     check_continuation(sources, config.recipe)
     tokenizer = require_tokenizer(sources)
-    data = DataModule(
-        config.data, tokenizer, config.train.batch_size, config.train.accum_iter, world.size, world.rank, config.seed
-    )
+    sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
+    data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     settings = _settings(config, sources, data, world)
     checkpoint = find_checkpoint(output_dir, config.resume, settings)
     _make_writable(output_dir)
@@ -61,9 +62,10 @@ def finetune(config: Config) -> Path:
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
     meta = _meta(config, sources)
+    frozen = _save_frozen(sources, model, output_dir, meta) if world.rank == 0 else None
 
     def write_result(folder: Path) -> None:
-        save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer)
+        save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer, frozen)
 
     checkpoints = Checkpoints(output_dir / "checkpoints", config.save, write_result)
     if checkpoint is not None:
@@ -75,13 +77,21 @@ def finetune(config: Config) -> Path:
     _fit(trainer, module, data, checkpoint, output_dir)
 
     if world.rank == 0:
-        meta |= {"steps": trainer.global_step}
+        meta |= {"steps": trainer.global_step} | module.unreadable_images()
         meta |= {"val_loss": float(trainer.callback_metrics["val_loss"])} if data.val_plan else {}
         if not config.only_save_trainable:
             export_hf(model, output_dir / "model")
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _save_frozen(sources: Sources, model: Llama, output_dir: Path, meta: dict[str, Any]) -> Optional[Path]:
+    """What result and checkpoints need besides the base and the trainables, once for all of them."""
+    frozen = save_frozen(sources.folders, set(trainable_state(model)), output_dir / FROZEN_FILE)
+    if frozen is not None:
+        meta["frozen_sha256"] = sha256(frozen)
+    return frozen
 
 
 def _fit(
@@ -142,18 +152,21 @@ def _settings(config: Config, sources: Sources, data: DataModule, world: World) 
         "data": data.key,
         "val_data": data.val_key,
     }
+    if sources.vision is not None:
+        settings |= {"image_transform": config.data.image_transform, "image_part": sources.vision.to_diff_dict()}
     return json.loads(json.dumps(settings))  # as run.json will give it back
 
 
 def _meta(config: Config, sources: Sources) -> dict[str, Any]:
-    return {
+    meta = {
         "format": 1,
-        "llama_type": config.model.llama_type.value,
+        "llama_type": sources.llama_type.value,
         "base": sources.base,
         "quantization": json.loads(json.dumps(asdict(config.quantization))),
         "recipe": asdict(config.recipe),
         "tokenizer": sources.tokenizer.fingerprint(),
     }
+    return meta if sources.vision is None else meta | {"image_transform": config.data.image_transform.value}
 
 
 def _epochs(config: Config, data: DataModule) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
+from pathlib import Path
+from typing import Optional, Union
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from accessory.data.images import ImageProblem, load_pixels
+from accessory.data.packing import IMAGE_SLOT, insert_image
 from accessory.errors import UserError
-from accessory.models.llama import Llama
+from accessory.models.llama import NO_IMAGES, Llama
 
 
 class KVCache:
@@ -49,10 +53,19 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional
 
 @torch.inference_mode()
 def generate_ids(
-    model: Llama, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float, stop: set[int]
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop: set[int],
+    pixels: Optional[Tensor] = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, int64 [b], until each has met a token of `stop` (yielded too) or
-    max_new_tokens are out; after its stop token a prompt yields stop tokens."""
+    max_new_tokens are out; after its stop token a prompt yields stop tokens.
+
+    pixels: float [n, 3, p, p], the images for which the prompts hold slots, in order.
+    """
     batch, longest = len(prompts), max(map(len, prompts))
     pad = torch.tensor([longest - len(ids) for ids in prompts], device=model.device)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -66,7 +79,7 @@ def generate_ids(
         position_ids = (places[start:end] - pad[:, None]).clamp(min=0)
         # Without padding, causal attention needs no mask, and the fast kernels take none.
         mask = _mask(places[start:end], places[:end], pad) if pad.any() else None
-        hidden = model.model(model.model.embed_tokens(step), position_ids, mask, cache)
+        hidden = model.model(model.embed(step, pixels), position_ids, mask, cache)
         cache.length = end
         token = sample(model.lm_head(hidden[:, -1]).float(), temperature, top_p)
         token = torch.where(done, stops[0], token)
@@ -74,7 +87,7 @@ def generate_ids(
         done |= torch.isin(token, stops)
         if done.all():
             return
-        step = token[:, None]
+        step, pixels = token[:, None], None
 
 
 def _mask(queries: Tensor, keys: Tensor, pad: Tensor) -> Tensor:
@@ -93,22 +106,50 @@ def stop_ids(model: Llama) -> set[int]:
     return {i for i in (*listed, model.tokenizer.eos_id) if i is not None}
 
 
-def _encode(model: Llama, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
+Picture = Union[str, Path, Image.Image, None]
+
+
+def _encode(
+    model: Llama, prompts: list[str], pictures: list[Picture], max_new_tokens: int
+) -> tuple[list[list[int]], Optional[Tensor]]:
+    """Prompts as token ids, with slots for their images, and those images: float [n, 3, p, p], None where there are
+    none."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UserError("this model has no tokenizer; load it with tokenizer_path to use text")
     limit = model.config.max_position_embeddings
     encoded = []
-    for prompt in prompts:
+    for prompt, picture in zip(prompts, pictures, strict=True):
         writes_bos = tokenizer.bos_text is not None and prompt.startswith(tokenizer.bos_text)  # a chat template did
         ids = tokenizer.encode(prompt, bos=not writes_bos, eos=False)
+        if picture is not None:
+            ids = insert_image(ids, model.image_words, IMAGE_SLOT)
         if len(ids) + max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
                 "shorten one of them"
             )
         encoded.append(ids)
-    return encoded
+    shown = [_pixels(model, picture) for picture in pictures if picture is not None]
+    return encoded, torch.stack(shown).to(model.device) if shown else None
+
+
+def _pixels(model: Llama, picture: Picture) -> Tensor:
+    try:
+        return load_pixels(picture, model.image_transform, model.image_size)
+    except ImageProblem as problem:
+        name = "image" if isinstance(picture, Image.Image) else picture
+        raise UserError(f"{name}: {problem}") from None
+
+
+def _one_each(model: Llama, prompts: list[str], images: Optional[list[Picture]]) -> list[Picture]:
+    """An image or None for every prompt."""
+    pictures = [None] * len(prompts) if images is None else list(images)
+    if len(pictures) != len(prompts):
+        raise UserError(f"{len(pictures)} images for {len(prompts)} prompts: give one a prompt, or None in its place")
+    if model.image_words == 0 and any(picture is not None for picture in pictures):
+        raise UserError(NO_IMAGES)
+    return pictures
 
 
 def generate(
@@ -118,16 +159,22 @@ def generate(
     temperature: float,
     top_p: float,
     stop_text: Optional[str] = None,
+    images: Optional[list[Picture]] = None,
 ) -> list[str]:
-    """Answers to a batch of prompts, without the prompts; each ends at an end token or before stop_text."""
+    """Answers to a batch of prompts, without the prompts; each ends at an end token or before stop_text. images: a
+    file, a PIL image or None for every prompt."""
     if isinstance(prompts, str):
         raise UserError("generate() takes a list of prompts")
+    if isinstance(images, (str, Path, Image.Image)):
+        raise UserError("generate() takes a list of images, one a prompt")
+    pictures = _one_each(model, prompts, images)
     if not prompts:
         return []
-    encoded, stop = _encode(model, prompts, max_new_tokens), stop_ids(model)
+    encoded, pixels = _encode(model, prompts, pictures, max_new_tokens)
+    stop = stop_ids(model)
     answers: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop):
+    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop, pixels):
         for i, token in enumerate(tokens.tolist()):
             finished[i] = finished[i] or token in stop
             if not finished[i]:
@@ -149,12 +196,19 @@ def _certain(text: str, stop_text: Optional[str]) -> str:
 
 
 def stream(
-    model: Llama, prompt: str, max_new_tokens: int, temperature: float, top_p: float, stop_text: Optional[str] = None
+    model: Llama,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop_text: Optional[str] = None,
+    image: Picture = None,
 ) -> Iterator[str]:
     """The growing answer to one prompt, which ends before stop_text; a character whose bytes are not all there yet, and
     what may become stop_text, are held back."""
-    encoded, stop, answer = _encode(model, [prompt], max_new_tokens), stop_ids(model), []
-    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop):
+    encoded, pixels = _encode(model, [prompt], _one_each(model, [prompt], [image]), max_new_tokens)
+    stop, answer = stop_ids(model), []
+    for tokens in generate_ids(model, encoded, max_new_tokens, temperature, top_p, stop, pixels):
         token = int(tokens[0])
         if token in stop:
             break

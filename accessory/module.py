@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Optional
 
@@ -19,12 +20,14 @@ from accessory.quantization import linear_weight
 from accessory.strategies import gather
 from accessory.tuning.recipe import canonical_name, trainable_state
 
+log = logging.getLogger(__name__)
+
 
 def batch_loss(model: Llama, batch: dict[str, Any]) -> Tensor:
     """Summed cross-entropy of a micro-batch's answer tokens, fp32 []."""
     segments = batch.get("segment_ids")
     mask = None if segments is None else block_diagonal_mask(segments)
-    hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], mask)
+    hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], mask, batch.get("images"))
     return summed_cross_entropy(hidden, linear_weight(model.lm_head, hidden.dtype), batch["targets"])
 
 
@@ -38,6 +41,7 @@ class FinetuneModule(LightningModule):
         self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
         self._validation = torch.zeros(2, dtype=torch.float64)
         self.validated_at = -1  # optimizer step of the last validation
+        self._unreadable = 0  # images on this rank that could not be read any more
 
     def train(self, mode: bool = True) -> "FinetuneModule":
         """Frozen parts stay in eval mode; only LoRA's dropout knows training."""
@@ -50,6 +54,7 @@ class FinetuneModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
         ranks, so the share of this micro-batch is multiplied by both."""
+        self._unreadable += batch.get("unreadable", 0)
         share = batch_loss(self.model, batch) / batch["answer_tokens"]
         self._micro.append((share.detach(), batch["items"]))
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -96,6 +101,13 @@ class FinetuneModule(LightningModule):
         loss = (total[0] / total[1].clamp(min=1)).float()
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
         self.validated_at = self.trainer.global_step
+
+    def unreadable_images(self) -> dict[str, int]:
+        """For meta.json and the user: how many images vanished or broke while training ran, skipped as configured."""
+        if self._unreadable == 0:
+            return {}
+        log.warning("%d images could not be read during training; their items were not learnt", self._unreadable)
+        return {"unreadable_images": self._unreadable}
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.config)

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from accessory.config import OptimConfig
-from accessory.tuning.recipe import trainable_kind
+from accessory.tuning.recipe import canonical_name, weight_kind
 
 BETAS = (0.9, 0.95)
 
@@ -19,8 +19,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """Only LoRA matrices decay: pulling a norm towards 0, or a bias back to it, is not a prior anyone holds."""
     trainables = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert trainables and all(p.dtype == torch.float32 for _, p in trainables)
-    decayed = [p for name, p in trainables if trainable_kind(name) == "LoRA"]
-    others = [p for name, p in trainables if trainable_kind(name) != "LoRA"]
+    decayed = [p for name, p in trainables if weight_kind(canonical_name(name)) == "lora"]
+    others = [p for name, p in trainables if weight_kind(canonical_name(name)) != "lora"]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=BETAS)
 

@@ -40,6 +40,8 @@ class EvaluateConfig:
     """Prompt of data files that name none."""
     dialog: bool = False
     """Items are conversations: {"conversations": [{"from": "human", "value": …}, …]}."""
+    image_root: Optional[str] = None
+    """Folder of the images whose data YAML entry has no root."""
     seqlen: int = 512
     """Tokens in a window of text, and the longest data item."""
     max_tokens: int = -1
@@ -111,6 +113,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from accessory.data.datamodule import answer_loader
     from accessory.data.dataset import read_data_config
     from accessory.evaluation import answer_perplexity, read_text, text_perplexity
+    from accessory.models.qformer import image_input
 
     output = _output_file(config.output) if config.output is not None else None
     text = read_text(Path(config.text).expanduser()) if config.text is not None else None
@@ -126,9 +129,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             dialog=config.dialog,
             max_words=config.seqlen,
             prompt_type=config.prompt_type,
+            image_transform=model.image_transform,
+            image_root=config.image_root,
             num_workers=0,
         )
-        result = answer_perplexity(model, answer_loader(data, model.tokenizer, config.batch_size))
+        loader = answer_loader(data, model.tokenizer, config.batch_size, image_input(model.vision_config))
+        result = answer_perplexity(model, loader)
         what = config.data_config
     figures = {
         "ppl": result.value,

@@ -2,9 +2,12 @@
 bitsandbytes, each in its own process, same shapes, same tokens, medians.
 
     python scripts/benchmark.py --models 7b --recipes norm_bias norm_bias_lora --batches 4 16 --length 512
+    python scripts/benchmark.py --models 13b --images nf4 16bit --systems ours --checkpointing yes --task both
     python scripts/benchmark.py --models tiny --steps 5 --batches 2 --length 64        # anywhere, in a minute
 
-A step is forward, backward, clipping and AdamW on one micro-batch in which every token is an answer.
+A training step is forward, backward, clipping and AdamW on one micro-batch in which every token of text is an answer;
+generation answers prompts of `length` tokens with 64 more. With --images every row has an image of BLIP-2's size,
+counted in the length; the flag's value is how the vision model is stored.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ SHAPES = {
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
+NEW_TOKENS = 64
 
 
 def llama_config(name: str):
@@ -51,25 +55,29 @@ def llama_config(name: str):
     )
 
 
-def build_ours(name: str, recipe: str, checkpointing: bool, compile_blocks: bool):
+def build_ours(case: dict):
     """Our model, and its loss as a function of input_ids; weights are made and quantized layer by layer."""
+    from transformers import Blip2Config
+
     from accessory.checkpoint import slots
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
+    from accessory.data.packing import IMAGE_SLOT
     from accessory.models import build_model
     from accessory.module import batch_loss
     from accessory.quantization import quantize
     from accessory.tuning.recipe import add_trainables, mark_trainable
 
+    recipe, images = case["recipe"], case["images"]
     chosen = RecipeConfig(norm="norm" in recipe, bias="bias" in recipe, lora="lora" in recipe)
-    model = build_model(llama_config(name))
-    quantize(model, QuantizationConfig(method=QuantMethod.nf4), DTYPE)
+    model = build_model(llama_config(case["model"]), Blip2Config() if images else None)
+    quantize(model, QuantizationConfig(method=QuantMethod.nf4, vision=images == "nf4"), DTYPE)
     add_trainables(model, chosen)
+    mark_trainable(model, chosen)
     for key, (shape, store, _) in slots(model, DEVICE, DTYPE):
         store(torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02 + ("norm" in key))
     model.model.rotary_emb.to(DEVICE)
-    mark_trainable(model, chosen)
-    model.model.checkpointing = checkpointing
-    if compile_blocks:
+    model.model.checkpointing = case["checkpointing"]
+    if case["compile"]:
         for block in model.model.layers:
             block.compile()
 
@@ -78,12 +86,30 @@ def build_ours(name: str, recipe: str, checkpointing: bool, compile_blocks: bool
         targets[:, -1] = -100
         positions = torch.arange(input_ids.shape[1], device=DEVICE).expand_as(input_ids)
         batch = {"input_ids": input_ids, "targets": targets, "position_ids": positions}
-        return batch_loss(model, batch) / (targets.numel() - len(targets))
+        if images:
+            slots = slice(1, 1 + model.image_words)
+            input_ids[:, slots], targets[:, : model.image_words] = IMAGE_SLOT, -100
+            batch["images"] = torch.randn(len(input_ids), 3, model.image_size, model.image_size, device=DEVICE)
+        return batch_loss(model, batch) / (targets != -100).sum()
 
     return model, loss
 
 
-def build_plain(name: str, recipe: str, checkpointing: bool, compile_blocks: bool):
+def generate_once(model, case: dict) -> None:
+    """An answer of NEW_TOKENS tokens to prompts of `length` tokens each."""
+    from accessory.data.packing import IMAGE_SLOT, insert_image
+    from accessory.generation import generate_ids
+
+    pixels = (
+        torch.randn(case["batch"], 3, model.image_size, model.image_size, device=DEVICE) if case["images"] else None
+    )
+    prompt = [1] * (case["length"] - model.image_words)
+    prompt = insert_image(prompt, model.image_words, IMAGE_SLOT) if case["images"] else prompt
+    for _ in generate_ids(model, [prompt] * case["batch"], NEW_TOKENS, 0.0, 1.0, {-1}, pixels):
+        pass
+
+
+def build_plain(case: dict):
     """transformers' LLaMA with bitsandbytes' Linear4bit and PEFT's LoRA, as their documentation combines them."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
@@ -91,7 +117,7 @@ def build_plain(name: str, recipe: str, checkpointing: bool, compile_blocks: boo
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-    config = llama_config(name)
+    recipe, config = case["recipe"], llama_config(case["model"])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(DTYPE)
     for parent in list(model.model.layers.modules()):
@@ -112,7 +138,7 @@ def build_plain(name: str, recipe: str, checkpointing: bool, compile_blocks: boo
                 setattr(module, key, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
     model.requires_grad_(False)
-    if checkpointing:
+    if case["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     if "lora" in recipe:
@@ -131,33 +157,43 @@ BUILDERS = {"ours": build_ours, "plain": build_plain}
 
 
 def measure(case: dict) -> dict:
-    """Median step time and peak memory of one case, in this process."""
+    """Median time of a step or an answer, and peak memory, of one case in this process."""
     torch.manual_seed(0)
-    model, loss = BUILDERS[case["system"]](case["model"], case["recipe"], case["checkpointing"], case["compile"])
-    trainables = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainables, lr=1e-4, betas=(0.9, 0.95), fused=DEVICE.type == "cuda")
-    vocab = llama_config(case["model"]).vocab_size
+    model, loss = BUILDERS[case["system"]](case)
+    step, new_tokens = (_train_step(model, loss, case), case["length"])
+    if case["task"] == "generate":
+        step, new_tokens = (lambda: generate_once(model, case)), NEW_TOKENS
     times = []
     for i in range(case["warmup"] + case["steps"]):
         if i == case["warmup"] and DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        input_ids = torch.randint(vocab, (case["batch"], case["length"]), device=DEVICE)
         _synchronize()
         start = time.perf_counter()
-        value = loss(input_ids)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trainables, 2.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step()
         _synchronize()
         times.append(time.perf_counter() - start)
     median = statistics.median(times[case["warmup"] :])
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else _peak_rss()
-    assert torch.isfinite(value)
     return case | {
-        "trainable": sum(p.numel() for p in trainables), "ms_per_step": 1000 * median, "loss": value.item(),
-        "tokens_per_s": case["batch"] * case["length"] / median, "peak_gib": peak,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "ms_per_step": 1000 * median, "tokens_per_s": case["batch"] * new_tokens / median, "peak_gib": peak,
     }  # fmt: skip
+
+
+def _train_step(model, loss, case: dict):
+    trainables = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainables, lr=1e-4, betas=(0.9, 0.95), fused=DEVICE.type == "cuda")
+    vocab = llama_config(case["model"]).vocab_size
+
+    def step() -> None:
+        value = loss(torch.randint(vocab, (case["batch"], case["length"]), device=DEVICE))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trainables, 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.isfinite(value)
+
+    return step
 
 
 def _synchronize() -> None:
@@ -172,13 +208,15 @@ def _peak_rss() -> float:
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
+    tasks = ["train", "generate"] if args.task == "both" else [args.task]
+    compiled = not args.no_compile and DEVICE.type == "cuda"
     return [
-        {"system": system, "model": model, "recipe": recipe, "batch": batch, "length": args.length,
-         "checkpointing": checkpointing, "compile": system == "ours" and not args.no_compile and DEVICE.type == "cuda",
-         "warmup": args.warmup, "steps": args.steps}
-        for model in args.models for recipe in args.recipes for batch in args.batches
+        {"task": task, "system": system, "model": model, "recipe": recipe, "images": images, "batch": batch,
+         "length": args.length, "checkpointing": checkpointing, "warmup": args.warmup, "steps": args.steps,
+         "compile": compiled and system == "ours" and task == "train"}
+        for model in args.models for recipe in args.recipes for images in args.images for batch in args.batches
         for checkpointing in ([False, True] if args.checkpointing == "both" else [args.checkpointing == "yes"])
-        for system in args.systems
+        for task in tasks for system in args.systems if system == "ours" or (images is None and task == "train")
     ]  # fmt: skip
 
 
@@ -188,6 +226,8 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["norm_bias", "norm_bias_lora"])
     parser.add_argument("--batches", nargs="+", type=int, default=[4])
     parser.add_argument("--systems", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser.add_argument("--images", nargs="+", choices=["16bit", "nf4"], default=[None], help="an image in every row")
+    parser.add_argument("--task", choices=["train", "generate", "both"], default="train")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--checkpointing", choices=["no", "yes", "both"], default="no")
     parser.add_argument("--no_compile", action="store_true")
@@ -201,13 +241,15 @@ def main() -> None:
         return
     results = []
     print(
-        f"{'system':<8}{'model':<6}{'recipe':<16}{'batch':>10}{'ckpt':>6}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}"
+        f"{'system':<8}{'task':<10}{'model':<6}{'images':<8}{'recipe':<16}{'batch':>10}{'ckpt':>6}{'tokens/s':>10}"
+        f"{'ms/step':>9}{'peak GiB':>10}"
     )
     for case in cases(args):
         run = subprocess.run([sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True)
         line = next((row for row in run.stdout.splitlines() if row.startswith("RESULT ")), None)
         shape = f"{case['batch']} x {case['length']}"
-        head = f"{case['system']:<8}{case['model']:<6}{case['recipe']:<16}{shape:>10}{case['checkpointing']!s:>6}"
+        head = f"{case['system']:<8}{case['task']:<10}{case['model']:<6}{case['images'] or '-':<8}{case['recipe']:<16}"
+        head += f"{shape:>10}{case['checkpointing']!s:>6}"
         if line is None:
             error = (run.stderr.strip().splitlines() or ["no output"])[-1][:150]
             results.append(case | {"error": error})

@@ -69,8 +69,8 @@ def build_dataset(folder: Path, seed: int = 0) -> dict[str, Path]:
     for split, items in split_by_package(make_items(collect_in_isolation()), seed).items():
         data, config = folder / f"{split}.json", folder / f"{split}.yaml"
         quoted = json.dumps(str(data), ensure_ascii=False)  # a valid YAML string as well
-        _write(data, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
-        _write(config, f"META:\n  - path: {quoted}\n    type: 'text'\n    prompt_type: 'alpaca'\n")
+        write_whole(data, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
+        write_whole(config, f"META:\n  - path: {quoted}\n    type: 'text'\n    prompt_type: 'alpaca'\n")
         paths |= {split: data, f"{split}_config": config}
         print(f"{split}: {len(items)} question-answer pairs in {data}")
     return paths
@@ -240,7 +240,7 @@ def clean_summary(doc: str, short_name: str) -> str | None:
     return text if len(text.split()) >= MIN_WORDS else None
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -96,6 +96,56 @@ def meta_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return weights
 
 
+VISION = {  # BLIP-2's classes, small: 4 patches of a 28 x 28 image, 6 queries
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "qformer_config": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "encoder_hidden_size": 32,
+    },
+    "num_query_tokens": 6,
+}
+IMAGE_WORDS = 8  # the queries and two tags
+
+
+def blip2_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random vision model, query tokens and Q-Former, under transformers' names."""
+    from transformers import Blip2Config, Blip2Model, OPTConfig
+
+    text = OPTConfig(vocab_size=8, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=1)
+    with torch.device("meta"):
+        state = Blip2Model(Blip2Config(**VISION, text_config=text)).state_dict()
+    g = torch.Generator().manual_seed(seed)
+    kept = {k: v.shape for k, v in state.items() if k.startswith(("vision_model.", "qformer.", "query_tokens"))}
+    return {
+        name: torch.randn(shape, generator=g) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        + (name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight")))
+        for name, shape in kept.items()
+    }
+
+
+def image_part_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Vision model, Q-Former, projector and image tags under LLaMA2-Accessory's names, without `llma.`."""
+    g = torch.Generator().manual_seed(seed + 1)
+    return {f"qformer.{name}": tensor for name, tensor in blip2_weights(seed).items()} | {
+        "qformer_proj.0.weight": torch.randn(64, 48, generator=g) / 7,
+        "qformer_proj.0.bias": 0.1 * torch.randn(64, generator=g),
+        "qformer_proj.1.weight": 1 + 0.1 * torch.randn(64, generator=g),
+        "qformer_proj.1.bias": 0.1 * torch.randn(64, generator=g),
+        "start_img": torch.rand(1, 1, 64, generator=g),
+        "end_img": torch.rand(1, 1, 64, generator=g),
+    }
+
+
 def split_over_shards(weights: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
     """Meta's model parallelism: rows of wq, wk, wv, w1, w3, output; columns of wo, w2, tok_embeddings; norms whole."""
 
@@ -117,6 +167,30 @@ def meta_folder(tmp_path_factory, tokenizer_file) -> Path:
     torch.save(meta_weights(), folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS))
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qformer_folder(tmp_path_factory, tokenizer_file) -> Path:
+    """A multimodal base in LLaMA2-Accessory's format, one shard, with its tokenizer and sizes."""
+    folder = tmp_path_factory.mktemp("qformer")
+    weights = {f"llma.{name}": tensor for name, tensor in (meta_weights() | image_part_weights()).items()}
+    torch.save({"model": weights}, folder / "consolidated.00-of-01.model.pth")
+    (folder / "config.json").write_text(json.dumps(PARAMS))
+    (folder / "vision_config.json").write_text(json.dumps(VISION))
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blip2_folder(tmp_path_factory) -> Path:
+    """A BLIP-2 folder of the same sizes, as transformers names and lays it out, with a part of a language model."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("blip2")
+    weights = blip2_weights(seed=5) | {"language_projection.bias": torch.zeros(8)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"} | VISION))
     return folder
 
 

@@ -453,7 +453,7 @@ def test_every_shipped_option_composes_and_its_values_are_in_force(option):
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIG_DIR.glob("experiment/*.yaml")))
 def test_shipped_experiment_needs_no_more_than_paths(name):
     config = composed(f"experiment={name}")
-    assert config.recipe.name == name.split("_", 1)[1]
+    assert name.endswith(f"_{config.recipe.name}")
     assert config.quantization.method is QuantMethod.nf4
 
 
@@ -496,13 +496,14 @@ DATA_YAMLS = sorted(CONFIG_DIR.glob("data/finetune/**/*.yaml"))
 @pytest.mark.parametrize("file", DATA_YAMLS, ids=lambda file: file.stem)
 def test_shipped_data_yaml_reads_the_file_it_names(file, tmp_path, monkeypatch):
     """Its path is the ancestor's, ../data/NAME, seen from the folder that the commands run in."""
-    named = Path(yaml.safe_load(file.read_text())["META"][0]["path"])
+    named = [Path(entry["path"]) for entry in yaml.safe_load(file.read_text())["META"]]
     (tmp_path / "accessory").mkdir()
     monkeypatch.chdir(tmp_path / "accessory")
-    named.parent.mkdir(parents=True)
-    named.write_text(json.dumps(alpaca_items(1)))
-    (entry,) = read_data_config(str(file), None)
-    assert (entry.path, entry.prompt_type) == (named, PromptType.alpaca)
+    named[0].parent.mkdir(parents=True)
+    for path in named:
+        path.write_text(json.dumps(alpaca_items(1)))
+    entries = read_data_config(str(file), None)
+    assert [(entry.path, entry.prompt_type) for entry in entries] == [(path, PromptType.alpaca) for path in named]
 
 
 def test_every_shipped_yaml_is_covered_here():
@@ -525,13 +526,17 @@ def test_published_command_composes(script, tmp_path):
     stand_in.chmod(0o755)
     (tmp_path / "params.json").write_text("{}")
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out put")}
-    command = ["bash", str(script), "my base", str(tmp_path / "params.json"), "tokenizer.model", "--lr", "0.5"]
+    takes_images = script.parent.name == "mm"
+    named = ["my base", str(tmp_path / "params.json"), "tokenizer.model", *(["my images"] if takes_images else [])]
+    command = ["bash", str(script), *named, "--lr", "0.5"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     words = (tmp_path / "words").read_text().splitlines()
     config = composed(*words[words.index(str(SCRIPT)) + 1 :])
     assert config.model.pretrained_path == ["my base"]
     assert config.output_dir == str(tmp_path / "out put")
-    assert config.recipe.name == ("norm_bias_lora" if "Lora" in script.stem else "norm_bias")
+    assert config.recipe.name == ("norm_bias" if "_normBias_" in script.stem else "norm_bias_lora")
+    assert config.model.llama_type.value == ("llama_qformerv2_peft" if takes_images else "llama_peft")
+    assert (config.data.image_root, config.model.visual) == (("my images", True) if takes_images else (None, False))
     assert config.quantization.method is QuantMethod.nf4
     assert config.optim.lr == 0.5
 

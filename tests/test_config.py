@@ -155,12 +155,6 @@ def test_description_lists_every_setting_once(schema):
     assert [key for key, _, _ in describe(schema)] == leaves(OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
-@pytest.mark.parametrize("key", ["model.visual", "data.image_transform"])
-def test_setting_of_the_vision_part_says_that_it_has_no_effect(key):
-    (meaning,) = (meaning for name, _, meaning in describe(Config) if name == key)
-    assert meaning == "Accepted for LLaMA2-Accessory's commands; no effect on a language-only model."
-
-
 def test_meaning_is_the_text_under_the_field():
     assert field_docs(ModelConfig)["pretrained_type"] == "Ignored: the format of a folder is recognised by its files."
 

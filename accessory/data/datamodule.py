@@ -1,9 +1,4 @@
-"""Which items meet in which batch, on which rank, in which order: a pure function of seed and epoch.
-
-The plan is made in *global batches*, the items of one optimizer step over all ranks and micro-batches, and only then
-dealt out. So the same global batches come out for every split into batch_size x accum_iter x ranks, and a resumed run
-needs to know nothing but how many micro-batches were done.
-"""
+"""The loaders of a run: what the plan (plan.py) puts together, as tensors."""
 
 from __future__ import annotations
 
@@ -16,96 +11,16 @@ import datasets
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from accessory.config import DataConfig
+from accessory.config import BadImages, DataConfig, ImageTransform
 from accessory.data.dataset import Report, open_dataset
-from accessory.data.packing import collate, pack
+from accessory.data.images import ImageInput, ImageProblem, deterministic, load_pixels
+from accessory.data.packing import IGNORE, IMAGE_SLOT, collate
+from accessory.data.plan import BatchPlan, MicroBatch
+from accessory.errors import UserError
 from accessory.models.tokenizer import Tokenizer
-
-LENGTH_POOL = 32  # global batches among which items of like length are grouped
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """rows: item indices per row. answer_tokens: those of the whole global batch. filler: a row that counts nothing,
-    so that every rank takes part in every step."""
-
-    rows: list[list[int]]
-    answer_tokens: int
-    filler: bool = False
-
-
-class BatchPlan:
-    """All micro-batches of any epoch. lengths, answer_tokens: int [items]."""
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        answer_tokens: np.ndarray,
-        batch_size: int,
-        accum_iter: int,
-        world_size: int,
-        max_words: int,
-        packing: bool,
-        seed: int,
-        shuffle: bool = True,
-    ):
-        self.lengths, self.answer_tokens, self.seed, self.shuffle = lengths, answer_tokens, seed, shuffle
-        self.batch_size, self.accum_iter, self.world_size = batch_size, accum_iter, world_size
-        self.packed_rows: Optional[list[list[int]]] = None
-        if packing:  # once for all epochs, so that each epoch has the same number of steps
-            order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
-            self.packed_rows = pack(lengths, order, max_words)
-
-    @property
-    def rows(self) -> int:
-        return len(self.packed_rows) if self.packed_rows is not None else len(self.lengths)
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.batch_size * self.accum_iter * self.world_size
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return -(-self.rows // self.rows_per_step)
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of an epoch on each rank."""
-        last = self.rows - (self.steps - 1) * self.rows_per_step
-        return (self.steps - 1) * self.accum_iter + -(-last // (self.batch_size * self.world_size))
-
-    def global_batches(self, epoch: int) -> list[list[list[int]]]:
-        """The rows of each optimizer step of `epoch`, in order."""
-        rng = np.random.default_rng((self.seed, epoch))
-        size = self.rows_per_step
-        if self.packed_rows is not None:
-            order = rng.permutation(self.rows) if self.shuffle else range(self.rows)
-            rows = [self.packed_rows[i] for i in order]
-            return [rows[i : i + size] for i in range(0, len(rows), size)]
-        if not self.shuffle:
-            order = np.argsort(self.lengths, kind="stable")
-            return [[[int(i)] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        order = rng.permutation(self.rows)
-        whole = self.rows // size * size
-        batches = []
-        for start in range(0, whole, LENGTH_POOL * size):
-            pool = order[start : min(start + LENGTH_POOL * size, whole)]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            batches += [[[int(i)] for i in pool[j : j + size]] for j in range(0, len(pool), size)]
-        # A smaller last step stays last: Lightning cuts an accumulation short only at the end of an epoch.
-        rest = [[[int(i)] for i in order[whole:]]] if whole < self.rows else []
-        return [batches[i] for i in rng.permutation(len(batches))] + rest
-
-    def epoch(self, epoch: int, rank: int) -> Iterator[MicroBatch]:
-        for rows in self.global_batches(epoch):
-            answer_tokens = int(sum(self.answer_tokens[i] for row in rows for i in row))
-            per_micro = self.batch_size * self.world_size
-            for start in range(0, len(rows), per_micro):
-                mine = rows[start : start + per_micro][rank :: self.world_size]
-                yield MicroBatch(mine or [rows[0]], answer_tokens, filler=not mine)
 
 
 class _PlanSampler(Sampler):
@@ -132,6 +47,12 @@ class PlannedLoader(DataLoader):
 
     position: tuple[int, int] = (0, 0)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
     def state_dict(self) -> dict[str, int]:
         epoch, done = self.position
         return {"epoch": epoch, "done": done}
@@ -143,30 +64,84 @@ class PlannedLoader(DataLoader):
         self.sampler.epoch, self.sampler.start = epoch, done
 
 
-class TokenDataset(Dataset):
-    """MicroBatch -> tensors. width: fixed (packing), or None for the longest row, rounded up to a multiple of 8."""
+@dataclass(frozen=True)
+class PixelSource:
+    """An item's image -> pixels: a function of seed, epoch and item, so any batch and any worker sees the same ones."""
 
-    def __init__(self, items: datasets.Dataset, width: Optional[int], pad_id: int):
-        self.items, self.width, self.pad_id = items.with_format("numpy"), width, pad_id
+    image: ImageInput
+    transform: ImageTransform
+    bad_images: BadImages
+    seed: int = 0
+
+    def load(self, path: str, epoch: int, item: int) -> Optional[Tensor]:
+        """float32 [3, size, size]; None: it can no longer be read, and such items are skipped."""
+        try:
+            rng = np.random.default_rng((self.seed, epoch, item))
+            return load_pixels(path, self.transform, self.image.size, rng)
+        except ImageProblem as problem:
+            if self.bad_images is BadImages.skip:
+                return None
+            raise UserError(
+                f"image {path}: {problem}, and it could be read when the data was checked; mend it, or go on without "
+                "with data.bad_images=skip"
+            ) from None
+
+
+class TokenDataset(Dataset):
+    """MicroBatch -> tensors. width: fixed (packing), or None for the longest row, rounded up to a multiple of 8.
+
+    pixels: for a model that takes images. A batch that has some then holds images, float32 [n, 3, size, size] in the
+    order of their slots, and every batch `unreadable`: how many of them are gray, their items masked.
+    """
+
+    def __init__(
+        self, items: datasets.Dataset, width: Optional[int], pad_id: int, pixels: Optional[PixelSource] = None
+    ):
+        self.items, self.width, self.pad_id, self.pixels = items.with_format("numpy"), width, pad_id, pixels
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, micro: MicroBatch) -> dict[str, Any]:
-        rows = []
-        for row in micro.rows:
-            items = [self.items[i] for i in row]
-            rows.append([(item["input_ids"], item["labels"]) for item in items])
+    def __getitem__(self, micro: MicroBatch) -> dict[str, Any] | UserError:
+        """The problem itself where there is one, for PlannedLoader to raise: an exception that leaves a worker process
+        arrives with a traceback for its message."""
+        try:
+            return self._batch(micro)
+        except UserError as problem:
+            return problem
+
+    def _batch(self, micro: MicroBatch) -> dict[str, Any]:
+        items = [[self.items[i] for i in row] for row in micro.rows]
+        drawn = [i for row in micro.rows for i in row]
+        seen = self._images(drawn, [item for row in items for item in row], micro.epoch)
+        rows = [[(item["input_ids"], item["labels"]) for item in row] for row in items]
         longest = max(sum(len(ids) for ids, _ in row) for row in rows)
         batch: dict[str, Any] = collate(rows, self.width or -(-longest // 8) * 8, self.pad_id)
         if micro.filler:
-            batch["targets"].fill_(-100)
+            batch["targets"].fill_(IGNORE)
         packed = any(len(row) > 1 for row in rows)
         if not packed:
             del batch["segment_ids"]  # right padding needs no mask: causal attention never looks there
+        slots = int((batch["input_ids"] == IMAGE_SLOT).sum())
+        assert slots == (len(seen.get("images", ())) * self.pixels.image.words if self.pixels else 0)
         tokens = 0 if micro.filler else sum(len(ids) for row in rows for ids, _ in row)
-        drawn = [i for row in micro.rows for i in row]
-        return batch | {"answer_tokens": micro.answer_tokens, "tokens": tokens, "items": drawn}
+        return batch | seen | {"answer_tokens": micro.answer_tokens, "tokens": tokens, "items": drawn}
+
+    def _images(self, drawn: list[int], items: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
+        """images and unreadable; masks the labels of items whose image cannot be read."""
+        if self.pixels is None:
+            return {}
+        images, unreadable = [], 0
+        for index, item in zip(drawn, items, strict=True):
+            if not item["image"]:
+                continue
+            pixels = self.pixels.load(str(item["image"]), epoch, index)
+            if pixels is None:
+                unreadable += 1
+                item["labels"] = np.full_like(item["labels"], IGNORE)
+                pixels = torch.zeros(3, self.pixels.image.size, self.pixels.image.size)
+            images.append(pixels)
+        return {"unreadable": unreadable} | ({"images": torch.stack(images)} if images else {})
 
 
 class DataModule(LightningDataModule):
@@ -181,15 +156,16 @@ class DataModule(LightningDataModule):
         world_size: int,
         rank: int,
         seed: int,
+        images: Optional[ImageInput] = None,
     ):
         super().__init__()
-        self.config, self.rank, self.pad_id = config, rank, tokenizer.eos_id
-        items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer)
+        self.config, self.rank, self.pad_id, self.seed, self.images = config, rank, tokenizer.eos_id, seed, images
+        items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer, images)
         self.val_report: Optional[Report] = None
         self.val_key: Optional[str] = None
         self.train_items, self.val_items = items, None
         if config.val_config is not None:
-            self.val_items, self.val_report, self.val_key = open_dataset(config.val_config, config, tokenizer)
+            self.val_items, self.val_report, self.val_key = open_dataset(config.val_config, config, tokenizer, images)
         elif held_out := int(len(items) * config.val_fraction):
             order = np.random.default_rng(seed).permutation(len(items))
             self.val_items = items.select(np.sort(order[:held_out]))
@@ -202,16 +178,17 @@ class DataModule(LightningDataModule):
         return BatchPlan(*_sizes(items), packing=self.config.packing, **settings)
 
     def train_dataloader(self) -> PlannedLoader:
-        return self._loader(self.train_items, self.train_plan)
+        return self._loader(self.train_items, self.train_plan, self.config.image_transform)
 
     def val_dataloader(self) -> Optional[PlannedLoader]:
-        return self._loader(self.val_items, self.val_plan) if self.val_plan else []
+        transform = deterministic(self.config.image_transform)
+        return self._loader(self.val_items, self.val_plan, transform) if self.val_plan else []
 
-    def _loader(self, items: datasets.Dataset, plan: BatchPlan) -> PlannedLoader:
+    def _loader(self, items: datasets.Dataset, plan: BatchPlan, transform: ImageTransform) -> PlannedLoader:
         width = self.config.max_words if self.config.packing else None
         workers = min(self.config.num_workers, os.cpu_count() or 1)  # more only take turns
         return PlannedLoader(
-            TokenDataset(items, width, self.pad_id),
+            TokenDataset(items, width, self.pad_id, _pixels(self.images, transform, self.config, self.seed)),
             sampler=_PlanSampler(plan, self.rank),
             batch_size=None,
             num_workers=workers,
@@ -228,9 +205,17 @@ def _sizes(items: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(columns["length"][:]), np.asarray(columns["answer_tokens"][:])
 
 
-def answer_loader(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> PlannedLoader:
+def _pixels(
+    images: Optional[ImageInput], transform: ImageTransform, config: DataConfig, seed: int
+) -> Optional[PixelSource]:
+    return None if images is None else PixelSource(images, transform, config.bad_images, seed)
+
+
+def answer_loader(
+    config: DataConfig, tokenizer: Tokenizer, batch_size: int, images: Optional[ImageInput] = None
+) -> PlannedLoader:
     """All items of config.data_config once, in order of length, for measuring."""
-    items, _, _ = open_dataset(config.data_config, config, tokenizer)
+    items, _, _ = open_dataset(config.data_config, config, tokenizer, images)
     plan = BatchPlan(
         *_sizes(items),
         batch_size,
@@ -242,7 +227,7 @@ def answer_loader(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> 
         shuffle=False,
     )
     return PlannedLoader(
-        TokenDataset(items, None, tokenizer.eos_id),
+        TokenDataset(items, None, tokenizer.eos_id, _pixels(images, deterministic(config.image_transform), config, 0)),
         sampler=_PlanSampler(plan, 0),
         batch_size=None,
         num_workers=config.num_workers,

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+IMAGE_SLOT = -1  # in input_ids where the model puts a vector of an image (query or tag); no tokenizer has this id
 WINDOW = 2048  # items packed together: large enough to fill rows, small enough to keep the order random
+
+
+def insert_image(ids: list[int], words: int, fill: int) -> list[int]:
+    """`words` positions of `fill` behind the first token, BOS: IMAGE_SLOT in input_ids, IGNORE in labels."""
+    return ids[:1] + [fill] * words + ids[1:]
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:

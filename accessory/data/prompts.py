@@ -86,7 +86,7 @@ def read_conversation(item: Mapping[str, Any]) -> list[dict[str, str]]:
     """ShareGPT's {"conversations": [{"from", "value"}, …]} -> [{"role", "content"}, …]; ValueError says what is off."""
     turns = item.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise ValueError("no list 'conversations' (with --dialog each item needs one)")
+        raise ValueError("no list 'conversations' (--dialog and multi_turn_llava need one in each item)")
     messages = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):

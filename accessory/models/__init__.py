@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from transformers import LlamaConfig
+from transformers import Blip2Config, LlamaConfig
 
 from accessory.errors import UserError, suggest
 from accessory.models.llama import Llama
+from accessory.models.qformer import QFormerLlama, VisionQFormer
 
 # LLaMA2-Accessory's ModelArgs. The last four say what trains, not what the model is: the recipe owns those.
 PARAMS = {
@@ -170,7 +171,32 @@ def config_from_hf(path: Path) -> LlamaConfig:
     return _checked_config(str(path), **content)
 
 
-def build_model(config: LlamaConfig) -> Llama:
-    """The architecture on the meta device, in eval mode: shapes without memory."""
+def vision_config_from(path: Path) -> Blip2Config:
+    """vision_config.json, or BLIP-2's config.json, whose language part does not matter here."""
+    content = read_json(path)
+    parts = {key: content[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in content}
+    if "vision_config" not in parts:
+        raise UserError(f"{path}: no 'vision_config' in it; expected transformers' Blip2Config")
+    try:
+        config = Blip2Config(**parts)
+        with torch.device("meta"):
+            VisionQFormer(config)  # sizes that do not fit each other
+    except Exception as error:  # the library's validators raise errors of their own, over several lines
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(config.vision_config.image_size, int):
+        raise UserError(f"{path}: image_size={config.vision_config.image_size}: only square images, one number")
+    return config
+
+
+def write_vision_config(config: Blip2Config, file: Path) -> None:
+    whole = config.to_dict()
+    kept = {key: whole[key] for key in ("vision_config", "qformer_config", "num_query_tokens")}
+    file.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def build_model(config: LlamaConfig, vision: Optional[Blip2Config] = None) -> Llama:
+    """The architecture on the meta device, frozen and in eval mode: shapes without memory. vision: with a Q-Former in
+    front."""
     with torch.device("meta"):
-        return Llama(config).eval()
+        model = Llama(config) if vision is None else QFormerLlama(config, vision)
+    return model.eval().requires_grad_(False)

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
+from transformers import Blip2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from accessory.errors import UserError
+
+NO_IMAGES = "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
 
 
 class Cache(Protocol):
@@ -128,6 +130,10 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The language model that users hold: logits, generation and its tokenizer."""
 
+    # What a multimodal model has: sizes of its image part, and the positions that an image takes in a row.
+    vision_config: Optional[Blip2Config] = None
+    image_words = 0
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -147,17 +153,27 @@ class Llama(nn.Module):
         """The compute type: activations have the embedding's dtype."""
         return self.model.embed_tokens.weight.dtype
 
+    def embed(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
+        """input_ids: int64 [b, s] -> [b, s, d]."""
+        assert images is None
+        return self.model.embed_tokens(input_ids)
+
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Optional[Tensor] = None, mask: Optional[Tensor] = None
+        self,
+        input_ids: Tensor,
+        position_ids: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        images: Optional[Tensor] = None,
     ) -> Tensor:
-        """input_ids: int64 [b, s] -> [b, s, d], before the output layer."""
+        """input_ids: int64 [b, s] -> [b, s, d], before the output layer. images: of a multimodal model, see there."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return self.model(self.model.embed_tokens(input_ids), position_ids, mask)
+        return self.model(self.embed(input_ids, images), position_ids, mask)
 
     def forward(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
         """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
-        _refuse_images(images is not None)
+        if images is not None:
+            raise UserError(NO_IMAGES)
         return self.lm_head(self.hidden_states(input_ids)).float()
 
     def generate(
@@ -170,13 +186,7 @@ class Llama(nn.Module):
         stop_text: Optional[str] = None,
     ) -> list[str]:
         """Answers, without the prompts; temperature 0 is greedy, otherwise nucleus sampling with top_p. An answer ends
-        before stop_text too."""
+        before stop_text too. images: of a multimodal model, one a prompt: a file, a PIL image or None."""
         from accessory.generation import generate
 
-        _refuse_images(any(image is not None for image in images or []))
-        return generate(self, prompts, max_new_tokens, temperature, top_p, stop_text)
-
-
-def _refuse_images(given: bool) -> None:
-    if given:
-        raise UserError("images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)")
+        return generate(self, prompts, max_new_tokens, temperature, top_p, stop_text, images)

@@ -8,6 +8,7 @@ from torch import nn
 from accessory.config import QuantizationConfig, QuantMethod
 from accessory.errors import UserError
 from accessory.models.llama import Block, Llama
+from accessory.models.qformer import CastLinear, QFormerLlama
 from accessory.quantization.dense import Dense
 from accessory.quantization.linear import Backend, QuantLinear, linear_weight
 from accessory.quantization.nf4 import NF4
@@ -26,8 +27,9 @@ def make_backend(config: QuantizationConfig, dtype: torch.dtype) -> Backend:
     return NF4(config.blocksize, config.double_quant)
 
 
-def quantize(model: Llama, config: QuantizationConfig, dtype: torch.dtype) -> None:
-    """Replace every linear of the decoder blocks (and lm_head, if asked) by an empty QuantLinear, in place."""
+def quantize(model: Llama, config: QuantizationConfig, dtype: torch.dtype, projector_trains: bool = False) -> None:
+    """Replace every linear of the decoder blocks by an empty QuantLinear, in place; lm_head and the image part's too,
+    if asked, but not a projector that trains."""
     backend = make_backend(config, dtype)
     for block in model.modules():
         if isinstance(block, Block):
@@ -37,11 +39,16 @@ def quantize(model: Llama, config: QuantizationConfig, dtype: torch.dtype) -> No
         if model.config.tie_word_embeddings:
             raise UserError("quantization.lm_head=true: this model's output layer is its embedding (tied)")
         model.lm_head = QuantLinear(model.config.hidden_size, model.config.vocab_size, backend)
+    if config.vision and isinstance(model, QFormerLlama):
+        for parent in model.qformer.modules():
+            _replace_linears(parent, backend)
+        if not projector_trains:
+            _replace_linears(model.qformer_proj, backend)
 
 
 def _replace_linears(parent: nn.Module, backend: Backend) -> None:
     for name, child in list(parent.named_children()):
-        if type(child) is nn.Linear:
+        if type(child) in (nn.Linear, CastLinear):
             replacement = QuantLinear(child.in_features, child.out_features, backend)
             if child.bias is not None:
                 replacement.bias = nn.Parameter(child.bias.float(), requires_grad=False)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import alpaca_items, write_data
+from pictures import save
+from PIL import Image
 
-from accessory.config import DataConfig
-from accessory.data.datamodule import BatchPlan, DataModule, PlannedLoader, TokenDataset, answer_loader
+from accessory.config import BadImages, DataConfig, ImageTransform
+from accessory.data.datamodule import DataModule, PlannedLoader, TokenDataset, answer_loader
 from accessory.data.dataset import open_dataset
+from accessory.data.images import ImageInput, load_pixels, resized_center_crop, to_pixels
+from accessory.data.packing import IMAGE_SLOT
+from accessory.data.plan import BatchPlan
+from accessory.errors import UserError
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(3, 60, size=53)
@@ -61,10 +68,12 @@ def test_global_batches_are_the_same_for_every_split_of_their_size(split, packin
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows of one", "packed"])
 def test_epoch_is_a_function_of_seed_and_number(packing):
-    first = list(plan(packing=packing, seed=5).epoch(2, 0))
-    assert list(plan(packing=packing, seed=5).epoch(2, 0)) == first
-    assert list(plan(packing=packing, seed=5).epoch(3, 0)) != first
-    assert list(plan(packing=packing, seed=6).epoch(2, 0)) != first
+    def rows(seed: int, epoch: int) -> list:
+        return [micro.rows for micro in plan(packing=packing, seed=seed).epoch(epoch, 0)]
+
+    assert rows(5, 2) == rows(5, 2)
+    assert rows(5, 3) != rows(5, 2)
+    assert rows(6, 2) != rows(5, 2)
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows of one", "packed"])
@@ -234,3 +243,185 @@ def test_loader_resumed_after_the_last_batch_starts_the_next_epoch(config, token
     batches = list(resumed)
     assert len(batches) == len(expected) == 8
     assert all(map(equal, batches, expected))
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+IMAGES = ImageInput(size=16, words=6)
+
+
+@pytest.fixture
+def image_config(tmp_path) -> DataConfig:
+    """30 items; every third has no image."""
+    items = alpaca_items(30)
+    for i, item in enumerate(items):
+        if i % 3:
+            item["image"] = save(tmp_path / "images" / f"{i}.png", 100, 96, seed=i)
+    path = write_data(tmp_path / "data", items)
+    return DataConfig(data_config=str(path), max_words=256, num_workers=0, val_fraction=0.2)
+
+
+def module_of(config, tokenizer, batch_size=4, accum_iter=1, world_size=1, rank=0, seed=0) -> DataModule:
+    return DataModule(config, tokenizer, batch_size, accum_iter, world_size, rank, seed, IMAGES)
+
+
+def pixels_by_item(loader: PlannedLoader, rows, epoch: int = 0) -> dict[int, torch.Tensor]:
+    """item -> its pixels in an epoch, told by the order of items and slots alone."""
+    loader.sampler.set_epoch(epoch)
+    found = {}
+    for batch in loader:
+        have = [i for i in batch["items"] if rows[i]["image"]]
+        assert len(have) == len(batch.get("images", ()))
+        found |= dict(zip(have, batch.get("images", ()), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows of one", "packed"])
+def test_validation_images_stand_in_the_order_of_their_slots(packing, image_config, tokenizer):
+    image_config.packing = packing
+    image_config.val_config = image_config.data_config
+    module = module_of(image_config, tokenizer)
+    with_image = 0
+    for batch in module.val_dataloader():
+        runs = []  # (row, start) of each block of slots, row by row
+        for row, ids in enumerate(batch["input_ids"].tolist()):
+            runs += [(row, i) for i, token in enumerate(ids) if token == IMAGE_SLOT and ids[i - 1] != IMAGE_SLOT]
+        assert (batch["input_ids"] == IMAGE_SLOT).sum() == 6 * len(runs)
+        items = [module.val_items[i] for i in batch["items"] if module.val_items[i]["image"]]
+        assert len(items) == len(runs) == len(batch.get("images", ()))
+        for (row, start), item, pixels in zip(runs, items, batch.get("images", ()), strict=True):
+            ids = batch["input_ids"][row, start - 1 : start - 1 + item["length"]].tolist()
+            assert ids == item["input_ids"]
+            assert pixels.equal(to_pixels(resized_center_crop(Image.open(item["image"]), 16)))
+            with_image += 1
+    assert with_image == 20
+
+
+def test_batch_of_text_alone_has_no_images(image_config, tokenizer):
+    batches = list(answer_loader(image_config, tokenizer, 1, IMAGES))
+    assert Counter("images" in batch for batch in batches) == {True: 20, False: 10}
+    assert {batch["unreadable"] for batch in batches} == {0}
+
+
+def test_language_only_batch_knows_nothing_of_images(config, tokenizer):
+    for batch in DataModule(config, tokenizer, 4, 1, 1, 0, seed=0).train_dataloader():
+        assert not {"images", "unreadable"} & batch.keys()
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"batch_size": 3}, {"world_size": 2}, {"accum_iter": 2}, {"num_workers": 1}, {"packing": True}],
+    ids=str,
+)
+def test_random_crops_are_the_same_for_every_split(split, image_config, tokenizer):
+    module = module_of(image_config, tokenizer)
+    expected = pixels_by_item(module.train_dataloader(), module.train_items, epoch=2)
+    assert len(expected) > 10
+    image_config.num_workers = split.pop("num_workers", 0)
+    image_config.packing = split.pop("packing", False)
+    found = {}
+    for rank in range(split.get("world_size", 1)):
+        loader = module_of(image_config, tokenizer, rank=rank, **split).train_dataloader()
+        found |= pixels_by_item(loader, module.train_items, epoch=2)
+    assert found.keys() == expected.keys()
+    assert all(found[i].equal(expected[i]) for i in expected)
+
+
+def test_random_crops_change_with_epoch_and_seed(image_config, tokenizer):
+    image_config.val_config = image_config.data_config  # so that the seed does not change the split
+    module, other = (module_of(image_config, tokenizer, seed=seed) for seed in (0, 1))
+    rows, loader = module.train_items, module.train_dataloader()
+    one, next_epoch = (pixels_by_item(loader, rows, epoch) for epoch in (0, 1))
+    other_seed = pixels_by_item(other.train_dataloader(), rows)
+    assert not any(one[i].equal(next_epoch[i]) or one[i].equal(other_seed[i]) for i in one)
+
+
+def test_two_items_with_one_picture_are_cropped_differently(tmp_path, tokenizer):
+    picture = save(tmp_path / "x.png", 100, 96)
+    path = write_data(tmp_path, [item | {"image": picture} for item in alpaca_items(2)])
+    config = DataConfig(data_config=str(path), max_words=256, num_workers=0, val_fraction=0)
+    one, other = next(iter(module_of(config, tokenizer).train_dataloader()))["images"]
+    assert not one.equal(other)
+
+
+def test_validation_and_answers_see_the_same_pixels_in_each_epoch(image_config, tokenizer):
+    module = module_of(image_config, tokenizer)
+    loader = module.val_dataloader()
+    one, later = (pixels_by_item(loader, module.val_items, epoch) for epoch in (0, 1))
+    assert all(one[i].equal(later[i]) for i in one)
+    items, _, _ = open_dataset(image_config.data_config, image_config, tokenizer, IMAGES)
+    answers = pixels_by_item(answer_loader(image_config, tokenizer, 4, IMAGES), items)
+    central = ImageTransform.resized_center_crop
+    assert all(pixels.equal(load_pixels(items[i]["image"], central, 16)) for i, pixels in answers.items())
+
+
+def test_chosen_transform_is_the_one_that_is_used(image_config, tokenizer):
+    image_config.image_transform = ImageTransform.padded_resize
+    module = module_of(image_config, tokenizer)
+    for loader, rows in ((module.train_dataloader(), module.train_items), (module.val_dataloader(), module.val_items)):
+        for i, pixels in pixels_by_item(loader, rows).items():
+            assert pixels.equal(load_pixels(rows[i]["image"], ImageTransform.padded_resize, 16))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_loader_sees_the_pixels_of_the_uninterrupted_one(workers, image_config, tokenizer):
+    image_config.num_workers = workers
+    whole = module_of(image_config, tokenizer).train_dataloader()
+    whole.sampler.set_epoch(1)
+    expected = list(whole)
+    resumed = module_of(image_config, tokenizer).train_dataloader()
+    resumed.load_state_dict({"epoch": 1, "done": 2})
+    resumed.sampler.set_epoch(1)
+    batches = list(resumed)
+    assert len(batches) == len(expected) - 2
+    assert all(map(equal, batches, expected[2:]))
+
+
+def test_filler_row_keeps_its_image_and_counts_nothing(tmp_path, tokenizer):
+    path = write_data(tmp_path, [item | {"image": save(tmp_path / "x.png")} for item in alpaca_items(3)])
+    config = DataConfig(data_config=str(path), max_words=256, num_workers=0, val_fraction=0)
+    *_, filler = module_of(config, tokenizer, batch_size=1, world_size=2, rank=1).train_dataloader()
+    assert filler["tokens"] == 0
+    assert filler["targets"].eq(-100).all()
+    assert filler["images"].shape == (1, 3, 16, 16)
+
+
+# --- images that fail after the check --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_lost_during_training_stops_with_one_line(workers, image_config, tokenizer):
+    image_config.num_workers = workers
+    module = module_of(image_config, tokenizer)
+    lost = next(row["image"] for row in module.train_items if row["image"])
+    Path(lost).unlink()
+    with pytest.raises(UserError) as caught:
+        list(module.train_dataloader())
+    assert str(caught.value).startswith(f"image {lost}: no such file")
+    assert str(caught.value).endswith("data.bad_images=skip")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("packing", [False, True], ids=["rows of one", "packed"])
+def test_image_lost_during_training_is_gray_and_its_item_masked_where_asked(packing, workers, image_config, tokenizer):
+    image_config.num_workers, image_config.packing, image_config.bad_images = workers, packing, BadImages.skip
+    module = module_of(image_config, tokenizer, batch_size=8)
+    before = list(module.train_dataloader())
+    lost = next(i for i, row in enumerate(module.train_items) if row["image"])
+    Path(module.train_items[lost]["image"]).unlink()
+    after = list(module.train_dataloader())
+    assert sum(batch["unreadable"] for batch in after) == 1
+    for one, other in zip(before, after, strict=True):
+        if not other["unreadable"]:
+            assert equal(one, other)
+            continue
+        changed = (one["images"] != other["images"]).flatten(1).any(dim=1)
+        assert changed.sum() == 1
+        assert other["images"][changed].eq(0).all()
+        masked = one["targets"] != other["targets"]
+        assert other["targets"][masked].eq(-100).all()
+        assert masked.sum() == module.train_items[lost]["answer_tokens"]
+        labels = [label for label in module.train_items[lost]["labels"] if label != -100]
+        assert one["targets"][masked].tolist() == labels
+        assert other["input_ids"].equal(one["input_ids"])

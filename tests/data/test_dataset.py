@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import alpaca_items, write_data
+from pictures import cut, save, save_plain
 
 import accessory.data.dataset as dataset_module
-from accessory.config import DataConfig, PromptType
-from accessory.data.dataset import open_dataset, read_data_config, read_items
+import accessory.data.sources as sources_module
+from accessory.config import BadImages, DataConfig, PromptType
+from accessory.data.dataset import open_dataset
+from accessory.data.images import ImageInput
+from accessory.data.packing import IMAGE_SLOT
+from accessory.data.sources import read_data_config, read_items
 from accessory.errors import UserError
 
 ITEMS = [
@@ -200,7 +206,10 @@ def test_file_that_is_not_utf8_is_refused(name, tmp_path, tokenizer):
             {"path": "items.json", "prompt_type": "alpca"},
             r"prompt_type 'alpca': known are alpaca, shortqa, qg, caption",
         ),
-        ({"path": "items.json", "preprocess": "squash"}, r"preprocess 'squash': known are single_turn_llava, caption"),
+        (
+            {"path": "items.json", "preprocess": "squash"},
+            r"preprocess 'squash': known are single_turn_llava, multi_turn_llava, caption",
+        ),
     ],
 )
 def test_unusable_meta_entry_is_refused_with_what_is_known(entry, complaint, tmp_path):
@@ -366,7 +375,7 @@ def test_data_file_that_cannot_be_read_is_named_and_not_the_cache(data_yaml, tok
     def broken(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(dataset_module, "_read_json", broken)
+    monkeypatch.setattr(sources_module, "_read_json", broken)
     with pytest.raises(UserError) as caught:
         opened(str(data_yaml), tokenizer)
     assert str(caught.value) == f"{data_yaml.parent / 'data.json'}: cannot be read (Input/output error)"
@@ -376,3 +385,169 @@ def test_half_a_surrogate_pair_is_named_by_item(tmp_path, tokenizer):
     path = data_file(tmp_path, [ITEMS[0], {"instruction": "a", "output": "b \ud800"}])
     with pytest.raises(UserError, match=r"item 1: holds '\\ud800', half of a surrogate pair"):
         opened(configure(tmp_path, {"path": path}), tokenizer)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+IMAGES = ImageInput(size=16, words=34)
+
+
+def image_data(folder: Path, count: int = 4, **entry) -> str:
+    """A YAML of `count` items with an image and one without, the pictures beside it."""
+    items = alpaca_items(count)
+    for i, item in enumerate(items):
+        item["image"] = f"{i}.png"
+        save_plain(folder / f"{i}.png", (40 * i, 0, 0))
+    return str(write_data(folder, [*items, {"instruction": "Wrap", "output": "lines"}], **entry))
+
+
+def with_images(path: str, tokenizer, words: int = 34, **settings):
+    config = DataConfig(**{"data_config": path, "max_words": 256} | settings)
+    return open_dataset(path, config, tokenizer, ImageInput(size=16, words=words))
+
+
+def test_report_counts_the_items_with_an_image(tmp_path, tokenizer):
+    items, report, _ = with_images(image_data(tmp_path), tokenizer)
+    assert report.line() == "5 items (4 with an image)"
+    assert [Path(image).name for image in items["image"]] == ["0.png", "1.png", "2.png", "3.png", ""]
+
+
+def test_image_counts_in_max_words(tmp_path, tokenizer):
+    """Of 40 tokens BOS and the image take 35; with 35 and fewer no answer is left."""
+    item = {"instruction": "a", "output": "the text " * 40, "image": "x.png"}
+    save(tmp_path / "x.png")
+    encoded = tokenizer.encode("a" + item["output"], bos=True, eos=True)
+    path = str(write_data(tmp_path, [item, {"instruction": "a", "output": "b"}], prompt_type="None"))
+    rows, report, _ = with_images(path, tokenizer, max_words=40)
+    assert rows[0]["input_ids"] == [encoded[0], *[IMAGE_SLOT] * 34, *encoded[1:6]]
+    assert (report.truncated, report.without_answer) == (1, 0)
+    for max_words in (35, 34, 20, 5):  # within the image: nothing of it stays
+        rows, report, _ = with_images(path, tokenizer, max_words=max_words)
+        assert (len(rows), report.without_answer) == (1, 1)
+        assert IMAGE_SLOT not in rows[0]["input_ids"]
+
+
+def test_max_words_without_room_behind_the_images_says_what_they_take(tmp_path, tokenizer):
+    path = str(write_data(tmp_path, [{"instruction": "a", "output": "b", "image": save(tmp_path / "x.png")}]))
+    with pytest.raises(UserError, match=r"--max_words 20: shorter than every prompt of .*an image takes 34 of them"):
+        with_images(path, tokenizer, max_words=20)
+
+
+def test_bad_image_stops_with_its_item_its_reason_and_their_number(tmp_path, tokenizer):
+    path = image_data(tmp_path)
+    (tmp_path / "1.png").unlink()
+    cut(save(tmp_path / "3.png", 200, 150))
+    with pytest.raises(UserError) as caught:
+        with_images(path, tokenizer)
+    assert str(caught.value) == (
+        f"{tmp_path / 'data.json'}: item 1: image {tmp_path / '1.png'}: no such file; 2 of 4 images cannot be used: "
+        "mend them, or leave their items out with data.bad_images=skip"
+    )
+
+
+def test_item_that_is_wrong_stops_before_the_images_are_decoded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(dataset_module, "check_images", lambda paths: pytest.fail("decoded"))
+    path = str(write_data(tmp_path, [{"instruction": "a", "output": "b", "image": "x.png"}, {"instruction": "a"}]))
+    with pytest.raises(UserError, match="item 1: no 'output'"):
+        with_images(path, tokenizer)
+
+
+def test_bad_images_are_left_out_and_counted_where_asked(tmp_path, tokenizer):
+    path = image_data(tmp_path, count=6)
+    for i in (1, 2, 3, 5):
+        cut(save(tmp_path / f"{i}.png", 200, 150))
+    items, report, _ = with_images(path, tokenizer, bad_images=BadImages.skip)
+    assert [Path(image).name for image in items["image"]] == ["0.png", "4.png", ""]
+    file = tmp_path / "data.json"
+    named = ", ".join(f"{file}: item {i}: {tmp_path / f'{i}.png'}: truncated" for i in (1, 2, 3))
+    assert report.line() == f"7 items (6 with an image), 4 left out: image unreadable ({named}, …)"
+
+
+def test_data_of_which_no_item_is_left_is_refused(tmp_path, tokenizer):
+    path = str(write_data(tmp_path, [{"instruction": "a", "output": "b", "image": "x.png"}]))
+    with pytest.raises(UserError, match=r"no item is left to learn from: 1 items .*x\.png: no such file"):
+        with_images(path, tokenizer, bad_images=BadImages.skip)
+
+
+# --- images and the cache --------------------------------------------------------------------------------------------
+
+
+def test_second_opening_neither_tokenizes_nor_decodes(tmp_path, tokenizer, encodings, monkeypatch):
+    path = image_data(tmp_path / "data")
+    first, report, key = with_images(path, tokenizer)
+    monkeypatch.setattr(dataset_module, "check_images", lambda paths: pytest.fail("decoded"))
+    again, same_report, same_key = with_images(path, tokenizer)
+    assert len(encodings) == 5
+    assert (again.to_list(), same_report, same_key) == (first.to_list(), report, key)
+
+
+def test_image_that_changed_is_checked_again_and_changes_the_key(tmp_path, tokenizer, encodings):
+    path = image_data(tmp_path / "data")
+    _, _, before = with_images(path, tokenizer)
+    save_plain(tmp_path / "data" / "2.png", (9, 9, 9), width=41)
+    _, _, after = with_images(path, tokenizer)
+    assert len(encodings) == 10
+    assert after != before
+
+
+def test_image_that_was_only_touched_is_checked_again_under_the_same_key(tmp_path, tokenizer, encodings):
+    path = image_data(tmp_path / "data")
+    _, _, before = with_images(path, tokenizer)
+    os.utime(tmp_path / "data" / "2.png", ns=(1, 1))
+    assert with_images(path, tokenizer)[2] == before
+    assert len(encodings) == 10
+
+
+@pytest.mark.parametrize("place", ["data", "here"])
+def test_image_that_vanishes_or_comes_back_is_noticed(place, tmp_path, tokenizer, monkeypatch):
+    """It may come back at either place at which it is looked up."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = image_data(tmp_path / "data")
+    skip = {"bad_images": BadImages.skip}
+    _, _, whole = with_images(path, tokenizer, **skip)
+    content = (tmp_path / "data" / "2.png").read_bytes()
+    (tmp_path / "data" / "2.png").unlink()
+    items, report, key = with_images(path, tokenizer, **skip)
+    assert (len(items), report.unreadable) == (4, 1)
+    assert key != whole
+    (tmp_path / place / "2.png").write_bytes(content)
+    items, report, key = with_images(path, tokenizer, **skip)
+    assert (len(items), report.unreadable, key) == (5, 0, whole)
+
+
+def test_key_depends_on_what_the_images_show_and_not_on_where_they_lie(tmp_path, tokenizer):
+    _, _, key = with_images(image_data(tmp_path / "a"), tokenizer)
+    path = image_data(tmp_path / "b" / "images")
+    moved = tmp_path / "b" / "data.yaml"
+    data = {"path": str(Path(path).parent / "data.json"), "root": "images"}
+    moved.write_text(yaml.safe_dump({"META": [data]}))
+    items, _, same = with_images(str(moved), tokenizer)
+    assert same == key
+    assert Path(items[0]["image"]).parent == tmp_path / "b" / "images"
+    save_plain(tmp_path / "b" / "images" / "0.png", (1, 2, 3))
+    assert with_images(str(moved), tokenizer)[2] != key
+
+
+def test_the_same_data_under_another_root_has_its_own_paths(tmp_path, tokenizer):
+    """Both are kept in the same cache, under one returned key."""
+    path = image_data(tmp_path / "data")
+    image_data(tmp_path / "copy")
+    first, _, key = with_images(path, tokenizer, image_root=str(tmp_path / "data"))
+    other, _, same = with_images(path, tokenizer, image_root=str(tmp_path / "copy"))
+    assert same == key
+    assert {Path(row["image"]).parent for row in first if row["image"]} == {tmp_path / "data"}
+    assert {Path(row["image"]).parent for row in other if row["image"]} == {tmp_path / "copy"}
+
+
+def test_number_of_slots_is_part_of_the_key(tmp_path, tokenizer):
+    path = image_data(tmp_path)
+    (more, _, one), (fewer, _, other) = (with_images(path, tokenizer, words=words) for words in (34, 18))
+    assert one != other
+    assert [a - b for a, b in zip(more["length"], fewer["length"], strict=True)] == [16, 16, 16, 16, 0]
+
+
+def test_text_has_the_same_items_and_key_whether_the_model_takes_images_or_not(data_yaml, tokenizer):
+    text, report, key = opened(str(data_yaml), tokenizer)
+    also, same_report, same_key = with_images(str(data_yaml), tokenizer)
+    assert (also.to_list(), same_report, same_key) == (text.to_list(), report, key)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.data.packing import WINDOW, block_diagonal_mask, collate, pack
+from accessory.data.packing import IGNORE, IMAGE_SLOT, WINDOW, block_diagonal_mask, collate, insert_image, pack
 from accessory.module import batch_loss
 
 LENGTHS = {
@@ -84,6 +84,23 @@ def test_mask_lets_a_token_see_itself_and_what_stands_before_it_in_its_item():
             for key in range(8):
                 expected = key <= query and bool(segments[row, query] == segments[row, key])
                 assert mask[row, 0, query, key] == expected
+
+
+def test_image_stands_behind_the_first_token():
+    assert insert_image([1, 10, 11], 3, IMAGE_SLOT) == [1, -1, -1, -1, 10, 11]
+    assert insert_image([1], 2, IGNORE) == [1, -100, -100]
+
+
+def test_slots_stay_with_their_item_and_are_never_learnt():
+    """The first text token is predicted at the last slot, the image's end."""
+    caption = ([1, 50, 51], [-100, 50, 51])  # learnt from its first token on
+    items = [A, *((insert_image(ids, 4, IMAGE_SLOT), insert_image(labels, 4, IGNORE)) for ids, labels in (caption, B))]
+    batch = collate([items], width=20, pad_id=2)
+    assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 1, -1, -1, -1, -1, 50, 51, 1, -1, -1, -1, -1, 20, 21, 2, 2]]
+    assert batch["segment_ids"].tolist() == [[0] * 4 + [1] * 7 + [2] * 7 + [-1] * 2]
+    assert batch["position_ids"].tolist() == [[*range(4), *range(7), *range(7), 0, 0]]
+    learnt = {i: target for i, target in enumerate(batch["targets"][0].tolist()) if target != IGNORE}
+    assert learnt == {1: 11, 2: 12, 8: 50, 9: 51, 15: 20, 16: 21}
 
 
 # --- the same loss and gradients -------------------------------------------------------------------------------------

@@ -155,8 +155,8 @@ def test_images_are_refused_by_a_language_model(hf_folder):
         model.generate(["text"], images=[object()])
 
 
-def test_a_multimodal_llama_type_is_refused(hf_folder):
-    with pytest.raises(UserError, match="llama_qformerv2_peft: the multimodal model is not part of this version"):
+def test_a_multimodal_llama_type_on_a_language_base_asks_for_a_vision_part(hf_folder):
+    with pytest.raises(UserError, match=r"weights are missing.*model\.vision_path"):
         accessory.load_model([hf_folder], llama_type="llama_qformerv2_peft")
 
 

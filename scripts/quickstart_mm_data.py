@@ -1,0 +1,166 @@
+"""The multimodal quick start's data: real handwritten digits, with questions and answers about them in words.
+
+scikit-learn brings 1,797 digits of 8 x 8 pixels (the test half of UCI's "Optical Recognition of Handwritten Digits").
+The file goes from writer to writer, so the split by position below tests on hands that training never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from quickstart_data import write_whole
+from sklearn.datasets import load_digits
+
+Item = dict[str, str]
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Where another writer begins: each writes 0 to 9 three times before the order gets mixed.
+VALIDATION_START, TEST_START = 1287, 1415
+SIDE = 64  # pixels of the pictures written
+QUESTION = "Which digit is this?"
+SENTENCE = ("Which digit is this?", "What is on the image?", "Read the digit.", "Which number was written here?")
+ONE_WORD = ("Which digit is this? Answer in one word.", "Name the digit in one word.")
+WARPS = 3  # distorted copies of each training picture
+TEXT_ITEMS = 600
+
+
+def build_digits(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Write pictures, captions (for alignment) and questions into `folder`; returns the files by name.
+
+    captions, captions_val, questions and questions_val are data YAMLs; test is the file of `test_items`.
+    """
+    folder = Path(folder).absolute()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    rng = random.Random(seed)
+    splits: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
+    for number, (levels, digit) in enumerate(zip(digits.images, map(int, digits.target), strict=True)):
+        part = "train" if number < VALIDATION_START else "val" if number < TEST_START else "test"
+        picture = upscale(levels)
+        names = [f"{number:04d}.png"]
+        save(picture, folder / "images" / names[0])
+        for copy in range(WARPS if part == "train" else 0):
+            names.append(f"{number:04d}-{copy + 1}.png")
+            save(warp(picture, rng), folder / "images" / names[-1])
+        splits[part] += [(name, digit) for name in names]
+    content = {
+        "captions": captions(splits["train"]),
+        "captions_val": captions(splits["val"]),
+        "questions": image_items(splits["train"], rng) + text_items(rng),
+        "questions_val": image_items(splits["val"], rng),
+    }
+    files = {}
+    for name, items in content.items():
+        files[name] = write_data(folder / f"{name}.json", items, name.startswith("captions"))
+        print(f"{name}: {len(items):,} items in {folder / name}.json")
+    files["test"] = folder / "test.json"
+    write_whole(
+        files["test"], json.dumps([{"image": n, "digit": WORDS[d]} for n, d in splits["test"]], indent=1) + "\n"
+    )
+    print(f"test: {len(splits['test'])} digits in {files['test']}")
+    return files
+
+
+def upscale(levels: np.ndarray) -> Image.Image:
+    """levels: [8, 8], 0 (paper) to 16 (ink) -> a gray picture, dark on white."""
+    return Image.fromarray(np.uint8(255 - levels * 255 / 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def warp(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """The same digit in another hand: turned, slanted, resized and shifted a little."""
+    angle, slant, size = math.radians(rng.uniform(-12, 12)), rng.uniform(-0.15, 0.15), rng.uniform(0.9, 1.1)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = turn @ np.array([[1, slant], [0, 1]]) / size
+    centre = np.array([SIDE / 2, SIDE / 2])
+    shift = centre - matrix @ (centre + [rng.uniform(-0.06, 0.06) * SIDE for _ in range(2)])
+    rows = np.column_stack((matrix, shift)).flatten().tolist()
+    return picture.transform(picture.size, Image.Transform.AFFINE, rows, Image.Resampling.BICUBIC, fillcolor=255)
+
+
+def save(picture: Image.Image, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    picture.save(partial, format="png")
+    partial.replace(file)
+
+
+def captions(digits: list[tuple[str, int]]) -> list[Item]:
+    return [{"image": name, "caption": WORDS[digit]} for name, digit in digits]
+
+
+def image_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]:
+    """A question about each picture: which digit it is, or whether something is true of it."""
+    items = []
+    for name, digit in digits:
+        asked = [which(digit, rng)] if rng.random() < 0.4 else list(properties(digit, rng))
+        question, answer = rng.choice(asked)
+        items.append({"image": name, "instruction": question, "output": answer})
+    return items
+
+
+def test_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]:
+    """A picture, the digit's word, and one question with yes or no as the answer's first word."""
+    items = []
+    for name, digit in digits:
+        question, answer = rng.choice(list(properties(digit, rng)))
+        verdict = answer.split(",")[0]
+        items.append({"image": name, "digit": WORDS[digit], "question": question, "answer": verdict})
+    return items
+
+
+def which(digit: int, rng: random.Random) -> tuple[str, str]:
+    word = WORDS[digit]
+    question = rng.choice(SENTENCE + ONE_WORD)
+    return question, word if question in ONE_WORD else f"This is {article(word)} {word}."
+
+
+def properties(digit: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Questions with yes or no, whose answers name the digit."""
+    word, other = WORDS[digit], rng.choice([d for d in range(10) if d != digit])
+    parity = "odd" if digit % 2 else "even"
+    for asked in ("even", "odd"):
+        yield f"Is this digit {asked}?", f"{yes(asked == parity)}, {word} is {parity}."
+    for relation, holds in (("greater", digit > other), ("less", digit < other)):
+        truth = f"{word} is {'greater' if digit > other else 'less'} than {WORDS[other]}"
+        yield f"Is it {relation} than {WORDS[other]}?", f"{yes(holds)}, {truth}."
+    guess = rng.choice((digit, other))
+    yield f"Is this {article(WORDS[guess])} {WORDS[guess]}?", f"{yes(guess == digit)}, this is {article(word)} {word}."
+
+
+def text_items(rng: random.Random) -> list[Item]:
+    """Questions without a picture, to be mixed with the others in one batch."""
+    items = []
+    for _ in range(TEXT_ITEMS):
+        a, b = sorted(rng.choices(range(10), k=2))
+        question, answer = rng.choice(
+            (
+                (f"What is {WORDS[b]} minus {WORDS[a]}?", WORDS[b - a]),
+                (f"Which number is greater, {WORDS[a]} or {WORDS[b]}?", WORDS[b]),
+                (f"Is {WORDS[a]} even?", f"{yes(a % 2 == 0)}, {WORDS[a]} is {'odd' if a % 2 else 'even'}."),
+            )
+        )
+        items.append({"instruction": question, "output": answer})
+    return items
+
+
+def yes(holds: bool) -> str:
+    return "Yes" if holds else "No"
+
+
+def article(word: str) -> str:
+    return "an" if word == "eight" else "a"
+
+
+def write_data(file: Path, items: list[Item], are_captions: bool) -> Path:
+    """Write a data file and the YAML that names it and the folder of its pictures; returns the YAML."""
+    how = "preprocess: 'caption'" if are_captions else "prompt_type: 'alpaca'"
+    quoted, root = (json.dumps(str(path), ensure_ascii=False) for path in (file, file.parent / "images"))
+    write_whole(file, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
+    write_whole(
+        file.with_suffix(".yaml"), f"META:\n  - path: {quoted}\n    root: {root}\n    type: 'image_text'\n    {how}\n"
+    )
+    return file.with_suffix(".yaml")
