@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +30,7 @@ from accessory.bases import (
     open_folder,
 )
 from accessory.errors import UserError
+from accessory.files import atomic_folder, disk_error, fsync, sha256
 from accessory.models import write_vision_config
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
@@ -189,7 +188,7 @@ def _sources(folders: list[Folder], places: dict[str, Slot], tied: bool) -> dict
     for folder in folders:
         for name in folder.names:
             if name not in places:
-                if tied and name == OUTPUT:
+                if (tied and name == OUTPUT) or folder.kind == "blip2":  # BLIP-2 may hold more, for other uses
                     continue
                 raise UserError(f"{folder.path}: {name} fits nowhere in this model{_why_unfit(name)}")
             is_diff = folder.kind == "accessory_diff" and name in sources
@@ -221,60 +220,6 @@ def read_sum(name: str, sources: list[Folder], shape: tuple[int, ...]) -> Tensor
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `target` in one step, or never existed."""
-    target = target.absolute()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        _fsync(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        _fsync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise disk_error(error, target) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def disk_error(error: Exception, target: Path) -> Exception:
-    """What a failed write means for the user; the error itself where it means a bug of ours."""
-    number, message = getattr(error, "errno", None), str(error)
-    # torch.save reports a full disk as a RuntimeError about its stream.
-    if isinstance(error, RuntimeError) and ("unexpected pos" in message or "iostream" in message):
-        number = errno.ENOSPC
-    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in message:
-        free = shutil.disk_usage(target.parent).free / 2**20
-        return UserError(
-            f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"
-        )
-    if number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{target} cannot be written: {os.strerror(number)}")
-    return error
-
-
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in VERSIONED:
@@ -299,7 +244,7 @@ def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional
     try:
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, partial, metadata={"format": "pt"})
         os.chmod(partial, 0o644)
-        _fsync(partial)
+        fsync(partial)
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

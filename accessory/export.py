@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
-from accessory.checkpoint import atomic_folder
 from accessory.config import LlamaType
 from accessory.errors import UserError
+from accessory.files import atomic_folder
 from accessory.models import write_vision_config
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama

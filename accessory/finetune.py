@@ -19,11 +19,12 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from accessory.assemble import Sources, assemble, check_continuation, open_sources
 from accessory.bases import FROZEN_FILE, digest
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
-from accessory.checkpoint import disk_error, save_frozen, save_trainable, sha256
+from accessory.checkpoint import save_frozen, save_trainable
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
 from accessory.errors import UserError
 from accessory.export import export_hf
+from accessory.files import disk_error, sha256
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer

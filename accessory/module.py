@@ -41,7 +41,7 @@ class FinetuneModule(LightningModule):
         self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
         self._validation = torch.zeros(2, dtype=torch.float64)
         self.validated_at = -1  # optimizer step of the last validation
-        self._unreadable = 0  # images on this rank that could not be read any more
+        self._unreadable = 0  # images that could not be read any more; of this rank, and at the end of all
 
     def train(self, mode: bool = True) -> "FinetuneModule":
         """Frozen parts stay in eval mode; only LoRA's dropout knows training."""
@@ -101,6 +101,9 @@ class FinetuneModule(LightningModule):
         loss = (total[0] / total[1].clamp(min=1)).float()
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
         self.validated_at = self.trainer.global_step
+
+    def on_train_end(self) -> None:
+        self._unreadable = sum(gather(self._unreadable))
 
     def unreadable_images(self) -> dict[str, int]:
         """For meta.json and the user: how many images vanished or broke while training ran, skipped as configured."""

@@ -18,9 +18,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from accessory.bases import TRAINABLE_FILE
-from accessory.checkpoint import atomic_folder, sha256
 from accessory.config import SaveConfig
 from accessory.errors import UserError
+from accessory.files import atomic_folder, sha256
 from accessory.strategies import gather
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"

@@ -8,7 +8,8 @@ from typing import Optional
 from accessory.config import Config
 from accessory.data.datamodule import DataModule
 from accessory.models.llama import Llama
-from accessory.quantization import block_linears
+from accessory.models.qformer import QFormerLlama
+from accessory.quantization import QuantLinear, block_linears
 from accessory.strategies import World
 from accessory.tuning.recipe import count_trainables
 
@@ -18,6 +19,19 @@ def frozen_bytes(model: Llama) -> tuple[int, int]:
     linears = block_linears(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in linears)
     return weights, sum(tensor.nbytes for layer in linears for tensor in layer.payload)
+
+
+def image_part_line(model: QFormerLlama, bits: float) -> str:
+    """Sizes of the image part, how it is stored and where it trains."""
+    vision, qformer = model.vision_config.vision_config, model.vision_config.qformer_config
+    linears = [module for module in model.qformer.modules() if isinstance(module, QuantLinear)]
+    stored = f"{bits:.2f} bits a weight" if linears else str(model.qformer.query_tokens.dtype).removeprefix("torch.")
+    trains = ", trains" if model.qformer.query_tokens.requires_grad else ", frozen"
+    return (
+        f"ViT {vision.num_hidden_layers} x {vision.hidden_size} on {vision.image_size} pixels, "
+        f"Q-Former {qformer.num_hidden_layers} x {qformer.hidden_size}, {stored}{trains}; "
+        f"an image takes {model.image_words} positions"
+    )
 
 
 def describe_run(config: Config, model: Llama, data: DataModule, world: World, checkpoint: Optional[Path]) -> str:
@@ -45,8 +59,11 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
         ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"),
         ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
     ]
+    if isinstance(model, QFormerLlama):
+        rows.insert(3, ("images", image_part_line(model, bits)))
     if train.checkpointing:
         rows.insert(-1, ("", "activations recomputed in backward"))
     if data.val_report is not None:
-        rows.insert(6, ("validation", data.val_report.line()))
+        after = next(i for i, (name, _) in enumerate(rows) if name == "data") + 2
+        rows.insert(after, ("validation", data.val_report.line()))
     return "\n".join(f"  {name:<10} {text}" for name, text in rows)

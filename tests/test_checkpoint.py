@@ -22,9 +22,10 @@ from torch import Tensor
 import accessory
 from accessory import checkpoint
 from accessory.assemble import assemble
-from accessory.checkpoint import atomic_folder, open_folders, save_trainable
+from accessory.checkpoint import open_folders, save_trainable
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
+from accessory.files import atomic_folder
 from accessory.models.llama import Llama
 from accessory.tuning.recipe import trainable_state
 

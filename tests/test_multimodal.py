@@ -10,9 +10,11 @@ import torch
 from conftest import IMAGE_WORDS, alpaca_items, blip2_weights, image_part_weights, write_data
 from PIL import Image
 from safetensors.torch import load_file
-from test_finetune import assert_same_bits, tiny_config, trainables
+from test_finetune import assert_same_bits, tiny_config, tiny_settings, trainables
+from test_module import run_two_ranks
 
 import accessory
+import accessory.finetune as finetune_module
 from accessory.assemble import assemble
 from accessory.config import DataConfig, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.datamodule import answer_loader
@@ -152,6 +154,42 @@ def test_runs_with_images_do_not_depend_on_the_split_into_micro_batches(tmp_path
     changes |= {"train.batch_size": sizes[0], "train.accum_iter": sizes[1]}
     split = trainables(run(qformer_folder, pictures, tmp_path / "split", **changes))
     assert all(torch.allclose(whole[name], split[name], atol=2e-5) for name in whole)
+
+
+def test_two_ranks_of_which_one_has_no_image_train_as_one_process(tmp_path, qformer_folder):
+    """Batches of one image item and one text item, a row a rank."""
+    items = picture_items(tmp_path / "images", 8)
+    for item in items:
+        item |= {"instruction": "Wrap", "input": "", "output": "the text"}
+    data = write_data(tmp_path / "data", items, prompt_type="None", root=str(tmp_path / "images"))
+    changes = {"train.batch_size": 2, "recipe.projector": True, "optim.lr": 1e-2, "optim.min_lr": 1e-3}
+    whole = trainables(finetune(tiny_config(qformer_folder, data, tmp_path / "one", **changes)))
+    changes["train.batch_size"] = 1
+    code, output = run_two_ranks(tmp_path, tiny_settings(qformer_folder, data, tmp_path / "two", **changes))
+    assert code == 0, output
+    split = trainables(tmp_path / "two")
+    assert all(torch.allclose(whole[name], split[name], atol=1e-4) for name in whole)
+
+
+def test_the_summary_says_what_an_image_is_and_takes(tmp_path, qformer_folder, pictures, capsys):
+    run(qformer_folder, pictures, tmp_path / "out", **{"train.max_steps": 1})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ViT 2 x 32 on 28 pixels, Q-Former 2 x 48, float32, frozen; an image takes 8 positions" in shown
+    assert "24 items (12 with an image)" in shown
+
+
+def test_an_image_that_vanishes_while_training_is_skipped_and_counted(tmp_path, qformer_folder, monkeypatch):
+    items = picture_items(tmp_path / "images", 8)
+    data = write_data(tmp_path / "data", items, prompt_type="None", root=str(tmp_path / "images"))
+    fit = finetune_module._fit
+
+    def fit_without_one(*arguments):
+        (tmp_path / "images" / "3.png").unlink()
+        fit(*arguments)
+
+    monkeypatch.setattr(finetune_module, "_fit", fit_without_one)
+    out = run(qformer_folder, data, tmp_path / "out", **{"data.bad_images": "skip"})
+    assert json.loads((out / "meta.json").read_text())["unreadable_images"] == 1
 
 
 def test_packed_rows_with_images_give_the_loss_of_their_items(qformer_folder, pictures):

@@ -22,7 +22,6 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from tqdm import tqdm
 
-from accessory.checkpoint import atomic_folder
 from accessory.config import BadImages, DataConfig
 from accessory.data.images import ImageCheck, ImageInput, check_images, stamp_of
 from accessory.data.items import to_example
@@ -30,6 +29,7 @@ from accessory.data.packing import IGNORE, IMAGE_SLOT, insert_image
 from accessory.data.prompts import Example, encode
 from accessory.data.sources import Entry, check_roots, image_folders, read_data_config, read_items
 from accessory.errors import UserError
+from accessory.files import atomic_folder
 from accessory.models.tokenizer import Tokenizer
 
 ITEMS_FILE, REPORT_FILE, IMAGES_FILE = "items.arrow", "report.json", "images.json"

@@ -1,0 +1,69 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from accessory.errors import UserError
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `target` in one step, or never existed."""
+    target = target.absolute()
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                fsync(path)
+        fsync(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        fsync(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise disk_error(error, target) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_error(error: Exception, target: Path) -> Exception:
+    """What a failed write means for the user; the error itself where it means a bug of ours."""
+    number, message = getattr(error, "errno", None), str(error)
+    # torch.save reports a full disk as a RuntimeError about its stream.
+    if isinstance(error, RuntimeError) and ("unexpected pos" in message or "iostream" in message):
+        number = errno.ENOSPC
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in message:
+        free = shutil.disk_usage(target.parent).free / 2**20
+        return UserError(
+            f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"
+        )
+    if number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"{target} cannot be written: {os.strerror(number)}")
+    return error
