@@ -22,8 +22,10 @@ quickstart: install  ## fine-tune a real 135M model on this machine and show wha
 quickstart-mm: install  ## teach it to read handwritten digits: alignment, then QPEFT on pictures (about 10 minutes)
 	$(BIN)/python scripts/quickstart_mm.py
 
-test: install  ## run the whole test suite on the CPU (GPU tests run where there is one)
-	$(BIN)/python -m pytest
+test: install  ## run the whole test suite on the CPU, and the GPU tests where there is one
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    $(BIN)/python -m pytest tests/test_gpu.py; fi
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 lint: install  ## check style with ruff
 	$(BIN)/ruff check .

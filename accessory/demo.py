@@ -137,8 +137,7 @@ def reply(
     image: Optional[str],
 ) -> Iterator[str]:
     """The growing answer to a prompt; numbers as a page's sliders give them."""
-    picture = {} if image is None else {"image": image}
-    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text, **picture)
+    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text, image)
 
 
 def print_answer(growing: Iterator[str]) -> None:

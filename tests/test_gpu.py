@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import write_data
+from test_finetune import tiny_config, trainables
+from test_multimodal import picture_items
 
+import accessory
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.finetune import finetune
 from accessory.models import build_model, config_from_params
 from accessory.quantization import quantize
 from accessory.quantization.linear import QuantLinear
@@ -98,3 +103,18 @@ def test_a_run_on_the_gpu_saves_a_model_that_answers(meta_folder, data_yaml, tmp
     folder = finetune(config)
     model = accessory.load_model([str(meta_folder), str(folder)], quantization="nf4", device="cuda")
     assert model.generate(["Wrap 1: the text"], max_new_tokens=4)[0]
+
+
+def test_a_run_on_images_trains_and_answers_on_the_gpu(tmp_path, qformer_folder):
+    """bf16, compiled blocks, the vision part in NF4 too: finite trainables that moved, and answers."""
+    items = picture_items(tmp_path / "images", 16)
+    data = write_data(tmp_path / "data", items, prompt_type="None", root=str(tmp_path / "images"))
+    changes = {"train.precision": "bf16", "quantization.method": "nf4", "quantization.vision": True}
+    out = finetune(tiny_config(qformer_folder, data, tmp_path / "out", **changes, **{"optim.lr": 1e-2}))
+    trained = trainables(out)
+    assert all(tensor.isfinite().all() for tensor in trained.values())
+    assert trained["qformer_proj.0.bias"].abs().max() > 0
+    model = accessory.load_model([str(qformer_folder), str(out)], quantization="nf4", device="cuda")
+    pictures = [tmp_path / "images" / "1.png", None]
+    together = model.generate(["Wrap", "Wrap"], images=pictures, max_new_tokens=4)
+    assert len(together) == 2

@@ -118,7 +118,7 @@ def test_conversation_is_asked_in_the_format_of_dialog_and_stops_at_its_separato
     asked = []
     monkeypatch.setattr(demo, "stream", lambda model, *values: asked.append(values) or iter(["answer"]))
     assert list(demo.answers(None, "Wrap it.", "lines", "conversation", 8, 0, 1)) == ["answer"]
-    assert asked == [(f"{SYSTEM}\n\n### Human: Wrap it.\n\nlines\n### Assistant:", 8, 0.0, 1.0, "\n###")]
+    assert asked == [(f"{SYSTEM}\n\n### Human: Wrap it.\n\nlines\n### Assistant:", 8, 0.0, 1.0, "\n###", None)]
     assert arguments("--pretrained_path", "x", "--system_prompt", "conversation").system_prompt == "conversation"
 
 
