@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import VOCAB
 from omegaconf import OmegaConf
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import Blip2Config, LlamaConfig, LlamaForCausalLM, nn
 
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
@@ -57,9 +57,9 @@ def tiny(
     return assemble(ModelConfig(pretrained_path=[str(folder)]), quantization, recipe, torch.device("cpu"), dtype)
 
 
-def skeleton(params: dict, recipe: RecipeConfig) -> Llama:
+def skeleton(params: dict, recipe: RecipeConfig, vision: Optional[Blip2Config] = None) -> Llama:
     """A model of real size without its weights; the LoRA matrices too stay on the meta device."""
-    model = build_model(config_from_params(params, 32000, "test"))
+    model = build_model(config_from_params(params, 32000, "test"), vision)
     quantize(model, QuantizationConfig(method=QuantMethod.nf4), torch.bfloat16)
     with torch.device("meta"):
         add_trainables(model, recipe)
@@ -109,6 +109,16 @@ def test_as_many_parameters_train_as_the_sizes_of_the_model_say(params, name, pu
     counts = count_trainables(skeleton(params, recipe_named(name)))
     expected = {"norm": norms, "bias": biases} | ({"LoRA": matrices} if matrices else {})
     assert counts == expected
+
+
+@pytest.mark.parametrize(("lora", "published"), [(False, 2_560_000), (True, 65_146_880)])
+def test_with_a_qformer_the_projectors_norm_and_biases_train_as_well(lora, published):
+    """BLIP-2's real sizes in front of LLaMA2-13B: 3 x 5,120 parameters more than of the language model."""
+    model = skeleton(THIRTEEN_B, RecipeConfig(lora=lora), Blip2Config())
+    counts = count_trainables(model)
+    assert counts.total() == published
+    image_part = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("model.")]
+    assert image_part == ["qformer_proj.0.bias", "qformer_proj.1.weight", "qformer_proj.1.bias"]
 
 
 @pytest.mark.parametrize("method", ["none", "nf4"])
