@@ -8,48 +8,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from quickstart_steps import ROOT, WORK, megabytes, step, train
 
-import torch  # noqa: E402
-from quickstart_data import build_dataset, showcase  # noqa: E402
-from quickstart_model import prepare_model  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
-import accessory  # noqa: E402
-from accessory.config import DataConfig, PromptType  # noqa: E402
-from accessory.data.datamodule import answer_loader  # noqa: E402
-from accessory.data.prompts import format_prompt  # noqa: E402
-from accessory.evaluation import answer_perplexity  # noqa: E402
+import torch
+from quickstart_data import build_dataset, showcase
+from quickstart_model import prepare_model
 
-WORK = ROOT / "quickstart"
+import accessory
+from accessory.config import DataConfig, PromptType
+from accessory.data.datamodule import answer_loader
+from accessory.data.prompts import format_prompt
+from accessory.evaluation import answer_perplexity
+
 TRAINING = [
     "--quant", "--only_save_trainable", "recipe=norm_bias", "--max_words", "256", "--batch_size", "24", "--lr", "4e-3",
     "--min_lr", "4e-4", "--warmup_epochs", "0.03", "train.max_steps=60",
 ]  # fmt: skip
-
-
-def step(number: int, text: str) -> None:
-    print(f"\n[{number}/5] {text}", flush=True)
-
-
-def train(model: Path, data: dict[str, Path], output: Path) -> None:
-    """Run the command a user would type, and show it."""
-    paths = ["--pretrained_path", str(model), "--data_config", str(data["train_config"])]
-    command = [
-        "main_finetune.py",
-        *TRAINING,
-        *paths,
-        f"data.val_config={data['val_config']}",
-        "--output_dir",
-        str(output),
-    ]
-    print("python " + " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 def measure(
@@ -74,26 +54,23 @@ def report(rows: list[tuple[str, float, str]], questions: list[dict], answers: d
         print(f"  {'wanted':<7} {item['output']}")
 
 
-def megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 2**20:.1f} MiB"
-
-
 def main() -> None:
     started = time.monotonic()
-    step(1, "model: SmolLM2-135M-Instruct (Apache-2.0)")
+    step("1/5", "model: SmolLM2-135M-Instruct (Apache-2.0)")
     model = prepare_model(WORK / "model")
-    step(2, "data: questions about the Python standard library, split by module")
+    step("2/5", "data: questions about the Python standard library, split by module")
     data = build_dataset(WORK / "data")
     questions = showcase(json.loads(data["test"].read_text()))
     output = WORK / "run"
     shutil.rmtree(output, ignore_errors=True)
 
-    step(3, "before: the 16-bit base and the NF4 base on the test split")
+    step("3/5", "before: the 16-bit base and the NF4 base on the test split")
     base, _ = measure([model], "none", data, [])
     quantized, before = measure([model], "nf4", data, questions)
-    step(4, "fine-tuning: QNormBias on the NF4 base")
-    train(model, data, output)
-    step(5, "after")
+    step("4/5", "fine-tuning: QNormBias on the NF4 base")
+    files = ["--data_config", data["train_config"], f"data.val_config={data['val_config']}"]
+    train(*TRAINING, "--pretrained_path", model, *files, "--output_dir", output)
+    step("5/5", "after")
     tuned, after = measure([model, output], "nf4", data, questions)
 
     rows = [

@@ -34,41 +34,44 @@ def build_digits(folder: Path, seed: int = 0) -> dict[str, Path]:
 
     captions, captions_val, questions and questions_val are data YAMLs; test is the file of `test_items`.
     """
-    folder = Path(folder).absolute()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
-    rng = random.Random(seed)
-    splits: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
-    for number, (levels, digit) in enumerate(zip(digits.images, map(int, digits.target), strict=True)):
-        part = "train" if number < VALIDATION_START else "val" if number < TEST_START else "test"
-        picture = upscale(levels)
-        names = [f"{number:04d}.png"]
-        save(picture, folder / "images" / names[0])
-        for copy in range(WARPS if part == "train" else 0):
-            names.append(f"{number:04d}-{copy + 1}.png")
-            save(warp(picture, rng), folder / "images" / names[-1])
-        splits[part] += [(name, digit) for name in names]
+    folder, rng = Path(folder).absolute(), random.Random(seed)
+    digits = write_pictures(folder / "images", rng)
     content = {
-        "captions": captions(splits["train"]),
-        "captions_val": captions(splits["val"]),
-        "questions": image_items(splits["train"], rng) + text_items(rng),
-        "questions_val": image_items(splits["val"], rng),
+        "captions": captions(digits["train"]),
+        "captions_val": captions(digits["val"]),
+        "questions": image_items(digits["train"], rng) + text_items(rng),
+        "questions_val": image_items(digits["val"], rng),
+        "test": test_items(digits["test"], rng),
     }
     files = {}
     for name, items in content.items():
-        files[name] = write_data(folder / f"{name}.json", items, name.startswith("captions"))
-        print(f"{name}: {len(items):,} items in {folder / name}.json")
-    files["test"] = folder / "test.json"
-    write_whole(
-        files["test"], json.dumps([{"image": n, "digit": WORDS[d]} for n, d in splits["test"]], indent=1) + "\n"
-    )
-    print(f"test: {len(splits['test'])} digits in {files['test']}")
+        files[name] = folder / f"{name}.json"
+        write_whole(files[name], json.dumps(items, indent=1) + "\n")
+        print(f"{name}: {len(items):,} items in {files[name]}")
+        if name != "test":
+            files[name] = write_config(files[name], are_captions=name.startswith("captions"))
     return files
 
 
+def write_pictures(folder: Path, rng: random.Random) -> dict[str, list[tuple[str, int]]]:
+    """All digits as PNG files, those of training with distorted copies; returns (file name, digit) by split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    splits: dict[str, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
+    for number, (levels, digit) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        split = "train" if number < VALIDATION_START else "val" if number < TEST_START else "test"
+        pictures = {f"{number:04d}.png": upscale(levels)}
+        for copy in range(WARPS if split == "train" else 0):
+            pictures[f"{number:04d}-{copy + 1}.png"] = warp(upscale(levels), rng)
+        for name, picture in pictures.items():
+            save(picture, folder / name)
+            splits[split].append((name, digit))
+    return splits
+
+
 def upscale(levels: np.ndarray) -> Image.Image:
-    """levels: [8, 8], 0 (paper) to 16 (ink) -> a gray picture, dark on white."""
-    return Image.fromarray(np.uint8(255 - levels * 255 / 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """levels: [8, 8], 0 (paper) to 16 (ink) -> a gray picture, dark on white, with a margin."""
+    return Image.fromarray(np.uint8(255 - np.pad(levels, 1) * 255 / 16)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def warp(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -103,13 +106,16 @@ def image_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]
 
 
 def test_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]:
-    """A picture, the digit's word, and one question with yes or no as the answer's first word."""
+    """A picture, the digit's word, and one question with the yes or no that answers it."""
     items = []
     for name, digit in digits:
         question, answer = rng.choice(list(properties(digit, rng)))
-        verdict = answer.split(",")[0]
-        items.append({"image": name, "digit": WORDS[digit], "question": question, "answer": verdict})
+        items.append({"image": name, "digit": WORDS[digit], "question": question, "verdict": last_word(answer)})
     return items
+
+
+def last_word(answer: str) -> str:
+    return answer.rstrip(".").rpartition(" ")[2].lower()
 
 
 def which(digit: int, rng: random.Random) -> tuple[str, str]:
@@ -119,28 +125,30 @@ def which(digit: int, rng: random.Random) -> tuple[str, str]:
 
 
 def properties(digit: int, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Questions with yes or no, whose answers name the digit."""
-    word, other = WORDS[digit], rng.choice([d for d in range(10) if d != digit])
-    parity = "odd" if digit % 2 else "even"
-    for asked in ("even", "odd"):
-        yield f"Is this digit {asked}?", f"{yes(asked == parity)}, {word} is {parity}."
-    for relation, holds in (("greater", digit > other), ("less", digit < other)):
-        truth = f"{word} is {'greater' if digit > other else 'less'} than {WORDS[other]}"
-        yield f"Is it {relation} than {WORDS[other]}?", f"{yes(holds)}, {truth}."
+    """Questions with yes or no. The digit comes first in the answer: what was read, then what follows from it."""
+    other = rng.choice([d for d in range(10) if d != digit])
     guess = rng.choice((digit, other))
-    yield f"Is this {article(WORDS[guess])} {WORDS[guess]}?", f"{yes(guess == digit)}, this is {article(word)} {word}."
+    questions = {
+        "Is this digit even?": digit % 2 == 0,
+        "Is this digit odd?": digit % 2 == 1,
+        f"Is it greater than {WORDS[other]}?": digit > other,
+        f"Is it less than {WORDS[other]}?": digit < other,
+        f"Is this {article(WORDS[guess])} {WORDS[guess]}?": guess == digit,
+    }
+    for question, holds in questions.items():
+        yield question, f"This is {article(WORDS[digit])} {WORDS[digit]}, so {yes(holds)}."
 
 
 def text_items(rng: random.Random) -> list[Item]:
     """Questions without a picture, to be mixed with the others in one batch."""
     items = []
     for _ in range(TEXT_ITEMS):
-        a, b = sorted(rng.choices(range(10), k=2))
+        a, b = sorted(rng.sample(range(10), 2))
         question, answer = rng.choice(
             (
                 (f"What is {WORDS[b]} minus {WORDS[a]}?", WORDS[b - a]),
                 (f"Which number is greater, {WORDS[a]} or {WORDS[b]}?", WORDS[b]),
-                (f"Is {WORDS[a]} even?", f"{yes(a % 2 == 0)}, {WORDS[a]} is {'odd' if a % 2 else 'even'}."),
+                (f"Is {WORDS[a]} even?", yes(a % 2 == 0)),
             )
         )
         items.append({"instruction": question, "output": answer})
@@ -148,19 +156,17 @@ def text_items(rng: random.Random) -> list[Item]:
 
 
 def yes(holds: bool) -> str:
-    return "Yes" if holds else "No"
+    return "yes" if holds else "no"
 
 
 def article(word: str) -> str:
     return "an" if word == "eight" else "a"
 
 
-def write_data(file: Path, items: list[Item], are_captions: bool) -> Path:
-    """Write a data file and the YAML that names it and the folder of its pictures; returns the YAML."""
+def write_config(file: Path, are_captions: bool) -> Path:
+    """Write the YAML that names a data file and the folder of its pictures; returns it."""
     how = "preprocess: 'caption'" if are_captions else "prompt_type: 'alpaca'"
     quoted, root = (json.dumps(str(path), ensure_ascii=False) for path in (file, file.parent / "images"))
-    write_whole(file, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
-    write_whole(
-        file.with_suffix(".yaml"), f"META:\n  - path: {quoted}\n    root: {root}\n    type: 'image_text'\n    {how}\n"
-    )
-    return file.with_suffix(".yaml")
+    config = file.with_suffix(".yaml")
+    write_whole(config, f"META:\n  - path: {quoted}\n    root: {root}\n    type: 'image_text'\n    {how}\n")
+    return config

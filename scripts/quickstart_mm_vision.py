@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 
-from accessory.checkpoint import atomic_folder
+from accessory.files import atomic_folder
 from accessory.models.qformer import VisionQFormer
 
 HIDDEN = 192
-# 4 x 4 patches, each of about 2 x 2 of a digit's own 8 x 8 pixels.
+# 4 x 4 patches, each of two or three of a picture's original 10 x 10 pixels.
 VISION = Blip2VisionConfig(
     image_size=56,
     patch_size=14,

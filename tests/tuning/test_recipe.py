@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import VOCAB
 from omegaconf import OmegaConf
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
-from transformers import Blip2Config, LlamaConfig, LlamaForCausalLM, nn
+from torch import Tensor, nn
+from transformers import Blip2Config, LlamaConfig, LlamaForCausalLM
 
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
