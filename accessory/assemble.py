@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Optional, Union
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import Blip2Config, LlamaConfig
 
 from accessory.bases import Folder, attach, model_config, open_vision, vision_config
 from accessory.checkpoint import check_pairing, load_weights, open_folders
-from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, RecipeConfig
 from accessory.data.images import deterministic
-from accessory.errors import UserError
+from accessory.errors import UserError, first_line
 from accessory.models import build_model
 from accessory.models.llama import Llama
+from accessory.models.qformer import VisionQFormer
 from accessory.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
 from accessory.quantization import quantize
 from accessory.shards import is_image_part
@@ -47,11 +49,9 @@ def open_sources(config: ModelConfig) -> Sources:
     tokenizer = _tokenizer(config, folders)
     vision = None
     if _takes_images(config, folders):
-        # Behind the base, so that trainables win.
-        folders[1:1] = [] if config.vision_path is None else [open_vision(config.vision_path)]
-        vision = vision_config(folders, config.vision_config)
+        folders, vision = _with_vision(config, folders)
     else:
-        folders = [folder.language_part() for folder in folders]
+        folders = [folder.only(lambda name: not is_image_part(name)) for folder in folders]
     architecture = model_config(folders, config.llama_config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, architecture.vocab_size)
@@ -74,7 +74,10 @@ def assemble(
     them, marking after loading would find trainables in 16 bit, loading before quantizing would need the 16-bit model.
     """
     sources = config if isinstance(config, Sources) else open_sources(config)
-    applied = recipe if recipe is not None else recipe_of(sources.folders)
+    applied = recipe
+    if recipe is None:
+        quantization = _as_trained(quantization, sources.folders)
+        applied = _for_answers(recipe_of(sources.folders))
     model = build_model(sources.architecture, sources.vision)
     quantize(model, quantization, dtype, projector_trains=applied is not None and applied.projector)
     add_trainables(model, applied)
@@ -87,15 +90,40 @@ def assemble(
     return model
 
 
-def check_continuation(sources: Sources, recipe: RecipeConfig) -> None:
+def check_recipe(sources: Sources, recipe: RecipeConfig, quantization: QuantizationConfig) -> None:
+    """Refuse what the folders and the recipe cannot do together, before data is read."""
+    if sources.vision is None:
+        for wanted, what in (
+            (recipe.projector, "recipe.projector"),
+            (recipe.vision, "recipe.vision"),
+            (quantization.vision, "quantization.vision"),
+        ):
+            if wanted:
+                raise UserError(
+                    f"{what}=true: this model is language-only; --llama_type llama_qformerv2_peft and, where no folder "
+                    "holds one, model.vision_path=<BLIP-2 folder> give it an image part"
+                )
+    else:
+        _check_image_part(sources, recipe)
+    _check_continuation(sources, recipe)
+
+
+def _check_image_part(sources: Sources, recipe: RecipeConfig) -> None:
+    kinds = {weight_kind(name) if weight_kind(name) == "vision" else "projector"
+             for folder in sources.folders for name in folder.names if is_image_part(name)}  # fmt: skip
+    where = ", ".join(str(folder.path) for folder in sources.folders)
+    if "vision" not in kinds:
+        raise UserError(f"{where}: no vision model and Q-Former in them; name a BLIP-2 folder with model.vision_path")
+    if "projector" not in kinds and not recipe.projector:
+        raise UserError(
+            f"{where}: no projector in them, and one that starts from nothing has to train: recipe.projector=true "
+            "(recipe=projector trains it alone, the usual first stage)"
+        )
+
+
+def _check_continuation(sources: Sources, recipe: RecipeConfig) -> None:
     """Refuse to train from trainables whose values the result could not hold: of LLaMA it keeps what the recipe trains,
     and is used on the first folder alone. (An image part that the first folder lacks is kept whole.)"""
-    if sources.vision is None and (recipe.projector or recipe.vision):
-        what = "projector" if recipe.projector else "vision"
-        raise UserError(
-            f"recipe.{what}=true: this model is language-only; --llama_type llama_qformerv2_peft and, where no folder "
-            "holds one, model.vision_path=<BLIP-2 folder> give it an image part"
-        )
     for folder in sources.folders[1:]:
         for name in sorted(name for name in folder.names if not is_image_part(name)):
             if not getattr(recipe, weight_kind(name) or "", False):
@@ -134,6 +162,46 @@ def _takes_images(config: ModelConfig, folders: list[Folder]) -> bool:
     )
 
 
+def _with_vision(config: ModelConfig, folders: list[Folder]) -> tuple[list[Folder], Blip2Config]:
+    """The folders with the one of model.vision_path, behind the base so that trainables win; and the sizes."""
+    if config.vision_path is None:
+        return folders, vision_config(folders, config.vision_config)
+    own = next((f.path for f in folders[1:] if any(weight_kind(name) == "vision" for name in f.names)), None)
+    if own is not None:
+        raise UserError(f"model.vision_path={config.vision_path}: {own} holds a vision model as well; leave one out")
+    opened = open_vision(config.vision_path)
+    sizes = vision_config([folders[0], opened, *folders[1:]], config.vision_config)
+    with torch.device("meta"):
+        wanted = {f"qformer.{name}" for name in VisionQFormer(sizes).state_dict()}
+    # BLIP-2's file may hold more, for other uses.
+    return [folders[0], opened.only(wanted.__contains__), *folders[1:]], sizes
+
+
+def trained_on(folder: Folder) -> Optional[QuantizationConfig]:
+    """The quantization that a folder of trainables names, None where it names none."""
+    stated = folder.meta.get("quantization")
+    if not stated:
+        return None
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"{folder.path}/meta.json: quantization: {first_line(error)}; written by another version?"
+        ) from None
+
+
+def _as_trained(quantization: QuantizationConfig, folders: list[Folder]) -> QuantizationConfig:
+    """A bare method, nf4 say, means it as the trainables were trained on it: blocksize, which parts, and all."""
+    before = next((found for folder in reversed(folders) if (found := trained_on(folder)) is not None), None)
+    is_bare = quantization == QuantizationConfig(method=quantization.method)
+    return before if before is not None and is_bare and before.method == quantization.method else quantization
+
+
+def _for_answers(recipe: Optional[RecipeConfig]) -> Optional[RecipeConfig]:
+    """What the folders hold, less what only training needs: a vision model that was trained in fp32 answers as any."""
+    return None if recipe is None else replace(recipe, vision=False)
+
+
 def _image_transform(folders: list[Folder]) -> ImageTransform:
     """How answers see an image: as the last folder that says so was trained."""
     stated = next((f.meta["image_transform"] for f in reversed(folders) if "image_transform" in f.meta), None)
@@ -141,12 +209,17 @@ def _image_transform(folders: list[Folder]) -> ImageTransform:
 
 
 def _warn_of_other_quantization(folders: list[Folder], quantization: QuantizationConfig) -> None:
+    now = asdict(quantization)
     for folder in folders:
-        trained_on: Optional[str] = folder.meta.get("quantization", {}).get("method")
-        if trained_on is not None and QuantMethod(trained_on) is not quantization.method:
+        before = asdict(trained_on(folder) or quantization)
+        if differing := [key for key in now if before[key] != now[key]]:
+            was, is_now = (
+                ", ".join(f"{key}={getattr(settings[key], 'value', settings[key])}" for key in differing)
+                for settings in (before, now)
+            )
             log.warning(
                 "%s was trained on a base with quantization %s, and is used on one with %s: expect worse answers",
-                Path(folder.path).name,
-                trained_on,
-                quantization.method.value,
+                folder.path.name,
+                was,
+                is_now,
             )

@@ -9,6 +9,7 @@ tensor in hand.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -24,6 +25,7 @@ from accessory.models import check_params, config_from_hf, config_from_params, r
 from accessory.shards import EMBEDDING, OUTPUT, Readers, is_image_part
 
 TRAINABLE_FILE, META_FILE, CONFIG_FILE = "trainable.safetensors", "meta.json", "config.json"
+INDEX_FILE = "model.safetensors.index.json"
 FROZEN_FILE = "frozen.safetensors"  # what a run's base lacks and its recipe does not train
 IMAGE_FILE = "image_part.safetensors"  # of an exported multimodal model, beside the language model's files
 VISION_CONFIG_FILE = "vision_config.json"
@@ -72,9 +74,9 @@ class Folder:
         """The first row of a matrix, without reading the rest: [1, in_features]."""
         return self._first_row[name]()
 
-    def language_part(self) -> "Folder":
-        """The same folder without vision model, Q-Former, projector and image tags."""
-        return replace(self, _read={name: read for name, read in self._read.items() if not is_image_part(name)})
+    def only(self, wanted: Callable[[str], bool]) -> "Folder":
+        """The same folder without the tensors whose names are not wanted."""
+        return replace(self, _read={name: read for name, read in self._read.items() if wanted(name)})
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -125,7 +127,7 @@ def _all_safetensors(folder: Path, files: list[str]) -> tuple[Readers, Readers]:
 
 
 def _huggingface_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if not index.is_file():
         files = sorted(f.name for f in folder.glob("*.safetensors"))
         if not files:
@@ -155,26 +157,48 @@ def open_vision(path: str) -> Folder:
         folder = _download(path)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"model.vision_path={path}: no config.json in it; it holds {_listing(folder)}")
-    read, _ = _all_safetensors(folder, _huggingface_files(folder))
-    parts = ("vision_model.", "qformer.", "query_tokens")
-    chosen = {f"qformer.{name}": reader for name, reader in read.items() if name.startswith(parts)}
+    read, _ = _all_safetensors(folder, _vision_files(folder) or _huggingface_files(folder))
+    found = {name: reader for name, reader in read.items() if _is_vision(name)}
+    chosen = {name if _is_ours(name) else f"qformer.{name}": reader for name, reader in found.items()}
     if not chosen:
         raise UserError(f"model.vision_path={path}: holds no vision_model.* and qformer.*; is it a BLIP-2 folder?")
     return Folder(folder, "blip2", chosen)
 
 
+def _is_vision(name: str) -> bool:
+    return name.startswith(("vision_model.", "qformer.", "query_tokens"))
+
+
+def _is_ours(name: str) -> bool:
+    """Named as in our exports and LLaMA2-Accessory's checkpoints, where BLIP-2 as a whole is called qformer."""
+    return name.startswith(("qformer.vision_model.", "qformer.qformer.", "qformer.query_tokens"))
+
+
+def _vision_files(folder: Path) -> list[str]:
+    """Of a sharded folder the files with the vision part; a language model's shards need not be there."""
+    index = folder / INDEX_FILE
+    names = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    return sorted({file for name, file in names.items() if _is_vision(name)})
+
+
 def _download(name: str) -> Path:
-    """A repository that the user named, from the Hub or its cache."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    """What is needed of a repository that the user named, from the Hub or its cache."""
+    owner, _, repository = name.partition("/")
+    if not repository or "/" in repository or owner in ("", ".", "..", "~") or Path(owner).is_dir():
         raise UserError(f"model.vision_path={name}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, INDEX_FILE]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, INDEX_FILE, *_needed(folder)]))
     except Exception as error:  # the library's errors for no network, no such repository, no permission, …
         raise UserError(
             f"model.vision_path={name}: no such folder, and not to be had from the Hub ({first_line(error)})"
         ) from None
+
+
+def _needed(folder: Path) -> list[str]:
+    return _vision_files(folder) or ["*.safetensors"]
 
 
 def _open_sharded(folder: Path, kind: str) -> Folder:
@@ -278,10 +302,14 @@ def image_fingerprint(folder: Folder) -> Optional[str]:
     return digest.hexdigest()[:16]
 
 
-def digest(folder: Folder) -> str:
-    """Digest of every value of a small folder, such as trainables, or of a BLIP-2 folder's identity: 16 hex digits."""
+def identity(folder: Folder) -> str:
+    """What tells a folder besides the base apart: 16 hex digits. Of our results their checksums, of a BLIP-2 folder its
+    fingerprint, of others every value."""
     if folder.kind == "blip2":
         return image_fingerprint(folder)
+    if folder.meta.get("sha256"):
+        stated = folder.meta["sha256"] + folder.meta.get("frozen_sha256", "")
+        return hashlib.sha256(stated.encode()).hexdigest()[:16]
     total = hashlib.sha256()
     for name in sorted(folder.names):
         total.update(name.encode() + folder.tensor(name).float().numpy().tobytes())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,8 +29,8 @@ from accessory.bases import (
     open_folder,
 )
 from accessory.errors import UserError
-from accessory.files import atomic_folder, disk_error, fsync, sha256
-from accessory.models import write_vision_config
+from accessory.files import atomic_file, atomic_folder, link, sha256
+from accessory.models import describe_vision
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
 from accessory.models.tokenizer import Tokenizer
@@ -99,17 +98,18 @@ def load_weights(
     Later folders win; a diff folder adds to what came before. fresh_trainables: biases, LoRA and a projector that no
     folder holds start with initial values (training), instead of being an error.
     """
-    places = dict(slots(model, device, dtype))
-    sources = _sources(folders, places, tied=model.config.tie_word_embeddings)
+    places = dict(weight_places(model, device, dtype))
+    sources = layered(folders)
+    _refuse_unfit(sources, places, tied=model.config.tie_word_embeddings)
     optional = {name for name, (_, _, is_fresh) in places.items() if is_fresh and fresh_trainables}
     fresh_projector = fresh_trainables and _starts_projector(model, sources)
     if fresh_projector:
         optional |= {name for name in places if is_image_part(name) and weight_kind(name) != "vision"}
     _refuse_missing(sorted(places.keys() - sources.keys() - optional), folders)
-    bar = tqdm(sources, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False)
-    for name in bar:
+    ordered = [name for name in places if name in sources]
+    for name in tqdm(ordered, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False):
         shape, store, _ = places[name]
-        store(read_sum(name, sources[name], shape))
+        store(_read(name, sources[name], shape))
     if fresh_projector:
         model.initialize_projector()
     for module in model.modules():  # fresh biases and LoRA, and the rotary frequencies, were made on the CPU
@@ -140,10 +140,10 @@ def _refuse_missing(missing: list[str], folders: list[Folder]) -> None:
     raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}{hint}")
 
 
-Slot = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
+Place = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
 
 
-def slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Slot]]:
+def weight_places(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Place]]:
     """name on disk -> (shape, how to store a tensor there, whether training may start without it).
 
     What is marked as trainable, and every norm of LLaMA, is fp32; the rest is stored in `dtype`.
@@ -182,19 +182,20 @@ def slots(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterato
                     yield name, (tuple(parameter.shape), setter(module, leaf, kept), False)
 
 
-def _sources(folders: list[Folder], places: dict[str, Slot], tied: bool) -> dict[str, list[Folder]]:
+def layered(folders: list[Folder]) -> dict[str, list[Folder]]:
     """For each name the folders whose values add up to it: the last plain one, then the diffs after it."""
-    sources: dict[str, list[Folder]] = {}
+    found: dict[str, list[Folder]] = {}
     for folder in folders:
         for name in folder.names:
-            if name not in places:
-                if (tied and name == OUTPUT) or folder.kind == "blip2":  # BLIP-2 may hold more, for other uses
-                    continue
-                raise UserError(f"{folder.path}: {name} fits nowhere in this model{_why_unfit(name)}")
-            is_diff = folder.kind == "accessory_diff" and name in sources
-            sources[name] = [*sources[name], folder] if is_diff else [folder]
-    order = {name: i for i, name in enumerate(places)}
-    return dict(sorted(sources.items(), key=lambda item: order[item[0]]))
+            adds = folder.kind == "accessory_diff" and name in found
+            found[name] = [*found[name], folder] if adds else [folder]
+    return found
+
+
+def _refuse_unfit(found: dict[str, list[Folder]], places: dict[str, Place], tied: bool) -> None:
+    for name in sorted(found.keys() - places.keys()):
+        if not (tied and name == OUTPUT):
+            raise UserError(f"{found[name][-1].path}: {name} fits nowhere in this model{_why_unfit(name)}")
 
 
 def _why_unfit(name: str) -> str:
@@ -205,15 +206,19 @@ def _why_unfit(name: str) -> str:
     return " (another architecture or size?)"
 
 
-def read_sum(name: str, sources: list[Folder], shape: tuple[int, ...]) -> Tensor:
-    """The value of a weight: the tensor of the one folder, or the sum of a base's and its diffs'."""
-    tensors = []
-    for folder in sources:
-        tensor = folder.tensor(name)
-        if tuple(tensor.shape) != shape:
-            found = list(tensor.shape)
-            raise UserError(f"{folder.path}: {name} has shape {found}, the model wants {list(shape)}: another model's?")
-        tensors.append(tensor)
+def _read(name: str, folders: list[Folder], shape: tuple[int, ...]) -> Tensor:
+    for folder in folders:
+        found = tuple(folder.tensor(name).shape)
+        if found != shape:
+            raise UserError(
+                f"{folder.path}: {name} has shape {list(found)}, the model wants {list(shape)}: another model's?"
+            )
+    return _sum(name, folders)
+
+
+def _sum(name: str, folders: list[Folder]) -> Tensor:
+    """The tensor of one folder, or the sum of a base's and its diffs', in fp32."""
+    tensors = [folder.tensor(name) for folder in folders]
     return tensors[0] if len(tensors) == 1 else torch.stack([t.float() for t in tensors]).sum(0)
 
 
@@ -228,28 +233,39 @@ def versions() -> dict[str, str]:
     return found | {"torch": torch.__version__}  # with its CUDA build, which the metadata leaves out
 
 
-def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional[Path]:
+def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional[str]:
     """Write what neither the base (the first folder) holds nor the recipe trains, so that the base and the run's folder
     make the whole model: a vision model from model.vision_path, a projector trained by an earlier run. As stored there.
 
-    trains: names of the trainables. Returns `file`, or None where there is nothing to keep.
+    trains: names of the trainables. Returns the file's checksum, or None where there is nothing to keep. In memory for
+    that moment: BLIP-2's vision model takes 2.2 GB in 16 bit.
     """
-    kept: dict[str, Tensor] = {}
-    for folder in folders[1:]:
-        kept |= {name: folder.tensor(name) for name in folder.names if is_image_part(name) and name not in trains}
+    kept = {
+        name: parts
+        for name, parts in layered(folders).items()
+        if is_image_part(name) and name not in trains and parts != [folders[0]]
+    }
     file.unlink(missing_ok=True)
     if not kept:
         return None
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, partial, metadata={"format": "pt"})
+    if (earlier := _whole_frozen_file(kept)) is not None:
+        link(earlier.path / FROZEN_FILE, file)
+        return earlier.meta["frozen_sha256"]
+    with atomic_file(file) as partial:
+        tensors = {name: _sum(name, parts).contiguous() for name, parts in kept.items()}
+        save_file(tensors, partial, metadata={"format": "pt"})
         os.chmod(partial, 0o644)
-        fsync(partial)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, file) from error
-    return file
+    return sha256(file)
+
+
+def _whole_frozen_file(kept: dict[str, list[Folder]]) -> Optional[Folder]:
+    """The earlier run whose frozen file holds exactly `kept`, if there is one."""
+    owners = {id(folder): folder for parts in kept.values() for folder in parts}
+    (folder, *others) = owners.values()
+    if others or "frozen_sha256" not in folder.meta:
+        return None
+    with safe_open(folder.path / FROZEN_FILE, framework="pt") as handle:
+        return folder if set(handle.keys()) == kept.keys() else None
 
 
 def save_trainable(
@@ -263,7 +279,7 @@ def save_trainable(
     """Write trainable.safetensors (fp32), meta.json, config.yaml and the tokenizer into `folder`, atomically.
 
     Other files of `folder` (logs, curves, checkpoints) stay. meta: what meta.json says besides versions and checksum;
-    frozen: the file of `save_frozen`, linked into `folder` where it does not lie there.
+    frozen: the file of `save_frozen`, linked into `folder` where it does not lie there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / "result") as partial:
@@ -275,18 +291,10 @@ def save_trainable(
         if tokenizer is not None:
             tokenizer.save(partial)
         if isinstance(model, QFormerLlama):
-            write_vision_config(model.vision_config, partial / VISION_CONFIG_FILE)
+            (partial / VISION_CONFIG_FILE).write_text(describe_vision(model.vision_config))
         if frozen is not None and frozen.parent != folder:
-            _link(frozen, partial / FROZEN_FILE)
+            link(frozen, partial / FROZEN_FILE)
     # The trainables move last: where they stand, all that describes them stands too.
     for path in sorted((folder / "result").iterdir(), key=lambda p: p.name == TRAINABLE_FILE):
         os.replace(path, folder / path.name)
     (folder / "result").rmdir()
-
-
-def _link(source: Path, target: Path) -> None:
-    """One file under two names: every checkpoint holds the vision model, the disk holds it once."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

@@ -55,6 +55,7 @@ FINETUNE_FLAGS = [
     Flag("dialog", "data.dialog", "true"),
     Flag("max_words", "data.max_words"),
     Flag("image_transform", "data.image_transform"),
+    Flag("image_root", "data.image_root"),
     Flag("cache_ann_on_disk", "data.cache_ann_on_disk", "true"),
     Flag("num_workers", "data.num_workers"),
     Flag("pin_mem", "data.pin_mem", "true"),

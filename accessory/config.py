@@ -160,8 +160,8 @@ class DataConfig:
     """How training images become square: random_resized_crop, resized_center_crop or padded_resize. Where nothing may
     be random (validation, answers), random_resized_crop becomes resized_center_crop."""
     image_root: Optional[str] = None
-    """Folder of the images whose data YAML entry has no root; unset: they are looked up from here, then from the data
-    file's folder."""
+    """Folder of the images whose data YAML entry has no root; unset: they are looked up from the working directory,
+    then from the data file's folder."""
     bad_images: BadImages = BadImages.stop
     """At an image that is missing, broken or too large: stop before training, or skip its items and count them."""
     cache_dir: Optional[str] = None
@@ -279,12 +279,16 @@ class Config:
                 f"recipe {recipe.name!r} trains nothing",
             ),
             (
-                recipe.vision and self.quantization.vision and quantized,
+                recipe.vision and self.quantization.vision,
                 "recipe.vision=true with quantization.vision=true: a quantized vision model cannot train; choose one",
             ),
             (
                 recipe.lora and not recipe.targets,
                 "recipe.targets=[]: LoRA needs linears; name some or use recipe.lora=false",
+            ),
+            (
+                self.quantization.vision and not quantized,
+                "quantization.vision=true: there is nothing to store it in; choose quantization=nf4 (--quant)",
             ),
             (recipe.rank < 1, f"recipe.rank={recipe.rank}: must be at least 1"),
             (not 0 <= recipe.dropout < 1, f"recipe.dropout={recipe.dropout}: must be in [0, 1)"),

@@ -19,7 +19,7 @@ from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FI
 from accessory.config import LlamaType
 from accessory.errors import UserError
 from accessory.files import atomic_folder
-from accessory.models import write_vision_config
+from accessory.models import describe_vision
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization import QuantLinear, block_linears, linear_weight
@@ -66,7 +66,7 @@ def _write_image_part(model: QFormerLlama, folder: Path, dtype: torch.dtype) -> 
                 tensors[name] = parameter
     ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     save_file(ready, folder / IMAGE_FILE, metadata={"format": "pt"})
-    write_vision_config(model.vision_config, folder / VISION_CONFIG_FILE)
+    (folder / VISION_CONFIG_FILE).write_text(describe_vision(model.vision_config))
     meta = {"llama_type": LlamaType.llama_qformerv2_peft.value, "image_transform": model.image_transform.value}
     (folder / META_FILE).write_text(json.dumps({"format": 1} | meta, indent=2) + "\n")
 
@@ -145,14 +145,13 @@ def export_peft(model: Llama, folder: Path) -> None:
 
     A PEFT adapter holds LoRA matrices, and no bias for a linear that has none.
     """
-    biased = [path for path, layer in block_linears_by_name(model).items() if layer.bias is not None]
     state = trainable_state(model)
-    if any(name.endswith(".bias") for name in state):
-        raise UserError(
-            f"a PEFT adapter cannot add biases ({biased[0]} has one); export --format hf instead, or train recipe=lora"
-        )
     if image := next(filter(is_image_part, state), None):
         raise UserError(f"a PEFT adapter cannot hold an image part ({image} was trained); export --format hf instead")
+    if biased := next((name for name in state if name.endswith(".bias")), None):
+        raise UserError(
+            f"a PEFT adapter cannot add biases ({biased} was trained); export --format hf instead, or train recipe=lora"
+        )
     loras = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not loras:
         raise UserError("no LoRA in this model, so there is no adapter to export; export --format hf instead")

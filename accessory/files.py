@@ -45,12 +45,36 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write; the file there becomes `target` in one step, or never existed."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        fsync(partial)
+        os.replace(partial, target)
+        fsync(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise disk_error(error, target) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link(source: Path, target: Path) -> None:
+    """One file under two names, held by the disk once; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_file(target) as partial:
+            shutil.copyfile(source, partial)
 
 
 def disk_error(error: Exception, target: Path) -> Exception:

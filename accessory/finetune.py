@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +15,16 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from accessory.assemble import Sources, assemble, check_continuation, open_sources
-from accessory.bases import FROZEN_FILE, digest
+from accessory.assemble import Sources, assemble, check_recipe, open_sources
+from accessory.bases import FROZEN_FILE, META_FILE, identity
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
 from accessory.checkpoint import save_frozen, save_trainable
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
 from accessory.errors import UserError
 from accessory.export import export_hf
-from accessory.files import disk_error, sha256
+from accessory.files import atomic_file, disk_error, link
+from accessory.models import describe_vision, read_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
@@ -32,7 +32,7 @@ from accessory.module import FinetuneModule
 from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, find_checkpoint, refuse_finished
 from accessory.strategies import DTYPES, Float16, World, find_world, make_strategy
 from accessory.summary import describe_run
-from accessory.tuning.recipe import trainable_state
+from accessory.tuning.recipe import trainable_names
 
 
 def finetune(config: Config) -> Path:
@@ -45,7 +45,7 @@ def finetune(config: Config) -> Path:
     output_dir = Path(config.output_dir).expanduser()
     refuse_finished(output_dir)
     sources = open_sources(config.model)
-    check_continuation(sources, config.recipe)
+    check_recipe(sources, config.recipe, config.quantization)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
@@ -63,7 +63,7 @@ def finetune(config: Config) -> Path:
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
     meta = _meta(config, sources)
-    frozen = _save_frozen(sources, model, output_dir, meta) if world.rank == 0 else None
+    frozen = _keep_frozen(sources, model, output_dir, checkpoint, meta) if world.rank == 0 else None
 
     def write_result(folder: Path) -> None:
         save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer, frozen)
@@ -78,7 +78,10 @@ def finetune(config: Config) -> Path:
     _fit(trainer, module, data, checkpoint, output_dir)
 
     if world.rank == 0:
-        meta |= {"steps": trainer.global_step} | module.unreadable_images()
+        meta |= {"steps": trainer.global_step}
+        if module.unreadable_images:
+            meta |= {"unreadable_images": module.unreadable_images}
+            print(f"{len(module.unreadable_images)} images could not be read any more; meta.json names them")
         meta |= {"val_loss": float(trainer.callback_metrics["val_loss"])} if data.val_plan else {}
         if not config.only_save_trainable:
             export_hf(model, output_dir / "model")
@@ -87,12 +90,22 @@ def finetune(config: Config) -> Path:
     return output_dir
 
 
-def _save_frozen(sources: Sources, model: Llama, output_dir: Path, meta: dict[str, Any]) -> Optional[Path]:
-    """What result and checkpoints need besides the base and the trainables, once for all of them."""
-    frozen = save_frozen(sources.folders, set(trainable_state(model)), output_dir / FROZEN_FILE)
-    if frozen is not None:
-        meta["frozen_sha256"] = sha256(frozen)
-    return frozen
+def _keep_frozen(
+    sources: Sources, model: Llama, output_dir: Path, checkpoint: Optional[Path], meta: dict[str, Any]
+) -> Optional[Path]:
+    """The file that result and checkpoints need besides the base and the trainables, once on the disk for all of them:
+    the checkpoint's, of a run that is continued."""
+    file = output_dir / FROZEN_FILE
+    if checkpoint is not None and (checkpoint / FROZEN_FILE).is_file():
+        file.unlink(missing_ok=True)
+        link(checkpoint / FROZEN_FILE, file)
+        checksum = read_json(checkpoint / META_FILE)["frozen_sha256"]
+    else:
+        checksum = save_frozen(sources.folders, trainable_names(model), file)
+    if checksum is None:
+        return None
+    meta["frozen_sha256"] = checksum
+    return file
 
 
 def _fit(
@@ -125,16 +138,15 @@ def _make_writable(output_dir: Path) -> None:
 
 
 def _write_settings(settings: dict[str, Any], file: Path) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(settings, indent=2))
-    os.replace(partial, file)
+    with atomic_file(file) as partial:
+        partial.write_text(json.dumps(settings, indent=2))
 
 
 def _settings(config: Config, sources: Sources, data: DataModule, world: World) -> dict[str, Any]:
     """What decides a run's numbers: a resumed run must agree on all of it."""
     settings = {
         "base": sources.base["fingerprint"],
-        "starts_from": [digest(folder) for folder in sources.folders[1:]],
+        "starts_from": [identity(folder) for folder in sources.folders[1:]],
         "architecture": hashlib.sha256(sources.architecture.to_json_string().encode()).hexdigest()[:16],
         "tokenizer": sources.tokenizer.fingerprint(),
         "val_fraction": config.data.val_fraction,
@@ -154,7 +166,9 @@ def _settings(config: Config, sources: Sources, data: DataModule, world: World) 
         "val_data": data.val_key,
     }
     if sources.vision is not None:
-        settings |= {"image_transform": config.data.image_transform, "image_part": sources.vision.to_diff_dict()}
+        sizes = hashlib.sha256(describe_vision(sources.vision).encode()).hexdigest()[:16]
+        settings |= {"image_part": sources.base.get("image_part"), "image_sizes": sizes}
+        settings |= {"image_transform": config.data.image_transform}
     return json.loads(json.dumps(settings))  # as run.json will give it back
 
 

@@ -135,6 +135,8 @@ def _encode(
 
 
 def _pixels(model: Llama, picture: Picture) -> Tensor:
+    if not isinstance(picture, (str, Path, Image.Image)):
+        raise UserError(f"generate() takes image files or PIL images, found {type(picture).__name__}")
     try:
         return load_pixels(picture, model.image_transform, model.image_size)
     except ImageProblem as problem:

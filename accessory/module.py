@@ -41,7 +41,7 @@ class FinetuneModule(LightningModule):
         self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
         self._validation = torch.zeros(2, dtype=torch.float64)
         self.validated_at = -1  # optimizer step of the last validation
-        self._unreadable = 0  # images that could not be read any more; of this rank, and at the end of all
+        self._unreadable: set[str] = set()  # images that could not be read any more; at the end those of all ranks
 
     def train(self, mode: bool = True) -> "FinetuneModule":
         """Frozen parts stay in eval mode; only LoRA's dropout knows training."""
@@ -54,7 +54,9 @@ class FinetuneModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
         ranks, so the share of this micro-batch is multiplied by both."""
-        self._unreadable += batch.get("unreadable", 0)
+        for image in set(batch.get("unreadable", ())) - self._unreadable:
+            self._unreadable.add(image)
+            log.warning("%s; it could be read when the data was checked. Its items are skipped", image)
         share = batch_loss(self.model, batch) / batch["answer_tokens"]
         self._micro.append((share.detach(), batch["items"]))
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -103,14 +105,18 @@ class FinetuneModule(LightningModule):
         self.validated_at = self.trainer.global_step
 
     def on_train_end(self) -> None:
-        self._unreadable = sum(gather(self._unreadable))
+        self._unreadable = set().union(*gather(self._unreadable))
 
-    def unreadable_images(self) -> dict[str, int]:
-        """For meta.json and the user: how many images vanished or broke while training ran, skipped as configured."""
-        if self._unreadable == 0:
-            return {}
-        log.warning("%d images could not be read during training; their items were not learnt", self._unreadable)
-        return {"unreadable_images": self._unreadable}
+    @property
+    def unreadable_images(self) -> list[str]:
+        """Images that vanished or broke while training ran, and were skipped as configured."""
+        return sorted(self._unreadable)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["unreadable_images"] = self.unreadable_images
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._unreadable = set(checkpoint.get("unreadable_images", ()))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.config)

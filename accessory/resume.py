@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from accessory.bases import TRAINABLE_FILE
+from accessory.bases import FROZEN_FILE, META_FILE, TRAINABLE_FILE
 from accessory.config import SaveConfig
 from accessory.errors import UserError
 from accessory.files import atomic_folder, sha256
+from accessory.models import read_json
 from accessory.strategies import gather
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
@@ -61,10 +62,16 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(partial / STATE_FILE)
             torch.save(rng, partial / RNG_FILE)
             self.write_result(partial)
-            sums = {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
+            known = self._frozen_sum(partial)
+            sums = known | {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.name not in known}
             (partial / SUMS_FILE).write_text(json.dumps(sums, indent=2))
         for old in checkpoint_folders(self.folder)[: -self.config.keep]:
             shutil.rmtree(old)
+
+    @staticmethod
+    def _frozen_sum(folder: Path) -> dict[str, str]:
+        """The checksum of the frozen file, which is the same in each checkpoint and may have gigabytes."""
+        return {FROZEN_FILE: read_json(folder / META_FILE)["frozen_sha256"]} if (folder / FROZEN_FILE).exists() else {}
 
     def restore_random_state(self, folder: Path, rank: int) -> None:
         """Remember the state of `folder` for the moment training starts, after everything that draws numbers."""

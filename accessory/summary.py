@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Optional
 
@@ -21,11 +22,11 @@ def frozen_bytes(model: Llama) -> tuple[int, int]:
     return weights, sum(tensor.nbytes for layer in linears for tensor in layer.payload)
 
 
-def image_part_line(model: QFormerLlama, bits: float) -> str:
-    """Sizes of the image part, how it is stored and where it trains."""
+def image_part_line(model: QFormerLlama) -> str:
+    """Sizes of the image part, how it is stored and whether it trains."""
     vision, qformer = model.vision_config.vision_config, model.vision_config.qformer_config
     linears = [module for module in model.qformer.modules() if isinstance(module, QuantLinear)]
-    stored = f"{bits:.2f} bits a weight" if linears else str(model.qformer.query_tokens.dtype).removeprefix("torch.")
+    stored = linears[0].backend.name if linears else str(model.qformer.query_tokens.dtype).removeprefix("torch.")
     trains = ", trains" if model.qformer.query_tokens.requires_grad else ", frozen"
     return (
         f"ViT {vision.num_hidden_layers} x {vision.hidden_size} on {vision.image_size} pixels, "
@@ -38,7 +39,8 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
     weights, size = frozen_bytes(model)
     counts = count_trainables(model)
     trainable = sum(counts.values())
-    total = weights + sum(p.numel() for p in model.parameters())
+    linears = (module for module in model.modules() if isinstance(module, QuantLinear))
+    total = sum(math.prod(linear.shape) for linear in linears) + sum(p.numel() for p in model.parameters())
     kinds = " + ".join(f"{count:,} {kind}" for kind, count in counts.items())
     plan, train, optim = data.train_plan, config.train, config.optim
     steps = plan.steps * train.epochs
@@ -60,7 +62,7 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
         ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
     ]
     if isinstance(model, QFormerLlama):
-        rows.insert(3, ("images", image_part_line(model, bits)))
+        rows.insert(3, ("images", image_part_line(model)))
     if train.checkpointing:
         rows.insert(-1, ("", "activations recomputed in backward"))
     if data.val_report is not None:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig
 
 from accessory.cli import MODEL_FLAGS, Flag, launch, run_command
 from accessory.config import DataConfig, ModelConfig, Precision, PromptType, QuantizationConfig, QuantMethod, to_typed
@@ -80,6 +79,7 @@ EVALUATE_FLAGS = [
     Flag("text", "text"),
     Flag("data_config", "data_config"),
     Flag("dialog", "dialog", "true"),
+    Flag("image_root", "image_root"),
     Flag("seqlen", "seqlen"),
     Flag("max_tokens", "max_tokens"),
     Flag("batch_size", "batch_size"),
@@ -111,7 +111,7 @@ def _output_file(path: str) -> Path:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity as the config says; printed, and returned as plain numbers."""
     from accessory.data.datamodule import answer_loader
-    from accessory.data.dataset import read_data_config
+    from accessory.data.sources import read_data_config
     from accessory.evaluation import answer_perplexity, read_text, text_perplexity
     from accessory.models.qformer import image_input
 
@@ -151,17 +151,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return figures
 
 
-def _trained_on(folder: Any) -> QuantizationConfig:
-    """The quantization that a trainables' folder names; none where it names none."""
-    try:
-        stated = folder.meta.get("quantization") or {}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QuantizationConfig), stated))
-    except (OmegaConfBaseException, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder.path}/meta.json: quantization: {reason}; written by another version?") from None
-
-
 def export(config: ExportConfig) -> Path:
+    from accessory.assemble import trained_on
     from accessory.bases import open_folder
     from accessory.export import check_target, export_hf, export_peft
     from accessory.strategies import DTYPES
@@ -169,7 +160,7 @@ def export(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser()
     check_target(folder)
     if config.quantization.method is QuantMethod.none:  # merge into what the trainables were trained on
-        config.quantization = _trained_on(open_folder(config.model.pretrained_path[-1]))
+        config.quantization = trained_on(open_folder(config.model.pretrained_path[-1])) or config.quantization
     model = _load(config, config.device)
     if config.format is ExportFormat.peft:
         export_peft(model, folder)

@@ -59,7 +59,7 @@ def build_ours(case: dict):
     """Our model, and its loss as a function of input_ids; weights are made and quantized layer by layer."""
     from transformers import Blip2Config
 
-    from accessory.checkpoint import slots
+    from accessory.checkpoint import weight_places
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
     from accessory.data.packing import IMAGE_SLOT
     from accessory.models import build_model
@@ -73,7 +73,7 @@ def build_ours(case: dict):
     quantize(model, QuantizationConfig(method=QuantMethod.nf4, vision=images == "nf4"), DTYPE)
     add_trainables(model, chosen)
     mark_trainable(model, chosen)
-    for key, (shape, store, _) in slots(model, DEVICE, DTYPE):
+    for key, (shape, store, _) in weight_places(model, DEVICE, DTYPE):
         store(torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02 + ("norm" in key))
     model.model.rotary_emb.to(DEVICE)
     model.model.checkpointing = case["checkpointing"]

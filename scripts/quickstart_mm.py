@@ -60,7 +60,7 @@ def main() -> None:
     shutil.rmtree(RUNS, ignore_errors=True)
     parameters = make_vision(VISION, seed)
     print(f"{shown(VISION)}: {parameters:,} parameters, {megabytes(VISION / 'model.safetensors')}")
-    step("3/6", "data: scikit-learn's 1,797 handwritten digits; validation and test by writers not in training")
+    step("3/6", "data: scikit-learn's 1,797 handwritten digits; the file's end is held out")
     data = build_digits(DIGITS)
     step("4/6", "stage 1, alignment: captions; vision part and projector train, the NF4 language model is frozen")
     seconds = {"alignment": run_stage(ALIGNMENT, "captions", data, [MODEL], ALIGNED, seed)}

@@ -1,7 +1,7 @@
 """The multimodal quick start's data: real handwritten digits, with questions and answers about them in words.
 
 scikit-learn brings 1,797 digits of 8 x 8 pixels (the test half of UCI's "Optical Recognition of Handwritten Digits").
-The file goes from writer to writer, so the split by position below tests on hands that training never saw.
+The split is by position: the file seems to go from writer to writer, so its end is written by other hands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 Item = dict[str, str]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Where another writer begins: each writes 0 to 9 three times before the order gets mixed.
+# Where another writer seems to begin: with 0 to 9 three times before the order gets mixed.
 VALIDATION_START, TEST_START = 1287, 1415
 SIDE = 64  # pixels of the pictures written
 QUESTION = "Which digit is this?"

@@ -184,11 +184,12 @@ def qformer_folder(tmp_path_factory, tokenizer_file) -> Path:
 
 @pytest.fixture(scope="session")
 def blip2_folder(tmp_path_factory) -> Path:
-    """A BLIP-2 folder of the same sizes, as transformers names and lays it out, with a part of a language model."""
+    """A BLIP-2 folder of the same sizes, as transformers names and lays it out, with parts for other uses."""
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("blip2")
-    weights = blip2_weights(seed=5) | {"language_projection.bias": torch.zeros(8)}
+    others = {"language_projection.bias": torch.zeros(8), "qformer.embeddings.position_ids": torch.zeros(1, 4)}
+    weights = blip2_weights(seed=5) | others
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "blip-2"} | VISION))
     return folder

@@ -222,7 +222,7 @@ def test_trainables_used_on_another_quantization_than_in_training_are_warned_of(
         assert caplog.messages == []
         accessory.load_model([meta_folder, folder])
     (message,) = caplog.messages
-    assert "run was trained on a base with quantization nf4, and is used on one with none" in message
+    assert "run was trained on a base with quantization method=nf4, and is used on one with method=none" in message
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -527,7 +527,7 @@ def test_published_command_composes(script, tmp_path):
     (tmp_path / "params.json").write_text("{}")
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out put")}
     takes_images = script.parent.name == "mm"
-    named = ["my base", str(tmp_path / "params.json"), "tokenizer.model", *(["my images"] if takes_images else [])]
+    named = ["my base", str(tmp_path / "params.json"), "tokenizer.model", *(["my, images (1)"] if takes_images else [])]
     command = ["bash", str(script), *named, "--lr", "0.5"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     words = (tmp_path / "words").read_text().splitlines()
@@ -536,7 +536,9 @@ def test_published_command_composes(script, tmp_path):
     assert config.output_dir == str(tmp_path / "out put")
     assert config.recipe.name == ("norm_bias" if "_normBias_" in script.stem else "norm_bias_lora")
     assert config.model.llama_type.value == ("llama_qformerv2_peft" if takes_images else "llama_peft")
-    assert (config.data.image_root, config.model.visual) == (("my images", True) if takes_images else (None, False))
+    assert (config.data.image_root, config.model.visual) == (
+        ("my, images (1)", True) if takes_images else (None, False)
+    )
     assert config.quantization.method is QuantMethod.nf4
     assert config.optim.lr == 0.5
 

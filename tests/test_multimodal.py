@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_WORDS, alpaca_items, blip2_weights, image_part_weights, write_data
+from conftest import IMAGE_WORDS, alpaca_items, blip2_weights, image_part_weights, meta_weights, write_data
 from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import assert_same_bits, tiny_config, tiny_settings, trainables
@@ -17,11 +18,14 @@ import accessory
 import accessory.finetune as finetune_module
 from accessory.assemble import assemble
 from accessory.config import DataConfig, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.data.datamodule import answer_loader
+from accessory.data.datamodule import DataModule, answer_loader
+from accessory.data.images import ImageInput
 from accessory.errors import UserError
+from accessory.export import export_peft
 from accessory.finetune import finetune
 from accessory.models.qformer import image_input
-from accessory.module import batch_loss
+from accessory.module import FinetuneModule, batch_loss
+from accessory.quantization.nf4 import NF4
 
 TRAINED_IMAGE_PART = {"qformer_proj.0.bias", "qformer_proj.1.weight", "qformer_proj.1.bias"}
 CPU = torch.device("cpu")
@@ -51,10 +55,31 @@ def run(base, data, output_dir, **changes):
     return finetune(tiny_config(base, data, output_dir, **{"quantization.method": "nf4"} | changes))
 
 
+def run_killed_at(step: int, monkeypatch, *where, **changes) -> None:
+    """A run that ends by an exception in the given optimizer step."""
+    training_step = FinetuneModule.training_step
+
+    def killed(self, batch, index):
+        if self.global_step == step:
+            raise RuntimeError("killed")
+        return training_step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneModule, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*where, **changes)
+
+
 def learner(folders: list, recipe: RecipeConfig, quantization: str = "none", **model):
     """A model ready to train."""
     config = ModelConfig(pretrained_path=[str(folder) for folder in folders], **model)
     return assemble(config, QuantizationConfig(method=QuantMethod(quantization)), recipe, CPU, torch.float32)
+
+
+def write_base(folder, weights: dict[str, torch.Tensor], kind: str = "model") -> None:
+    """Weights in LLaMA2-Accessory's format."""
+    named = {f"llma.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"model": named}, folder / f"consolidated.00-of-01.{kind}.pth")
 
 
 # --- stage 2: QPEFT on a multimodal base -----------------------------------------------------------------------------
@@ -141,12 +166,6 @@ def test_a_mixed_run_equals_in_loss_its_two_parts_run_apart(qformer_folder, pict
         assert total(files[0]) > 1
 
 
-def test_text_only_batches_hold_no_pixels(qformer_folder, pictures):
-    model = accessory.load_model(str(qformer_folder))
-    for batch in loader(pictures, model, 1):
-        assert ("images" in batch) == bool((batch["input_ids"] < 0).any())
-
-
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4)])
 def test_runs_with_images_do_not_depend_on_the_split_into_micro_batches(tmp_path, qformer_folder, pictures, sizes):
     changes = {"quantization.method": "none", "train.batch_size": 4, "recipe.projector": True, "optim.lr": 1e-3}
@@ -157,11 +176,22 @@ def test_runs_with_images_do_not_depend_on_the_split_into_micro_batches(tmp_path
 
 
 def test_two_ranks_of_which_one_has_no_image_train_as_one_process(tmp_path, qformer_folder):
-    """Batches of one image item and one text item, a row a rank."""
+    """Rows of like length, so that items with and without an image meet in a step; a row a rank."""
     items = picture_items(tmp_path / "images", 8)
-    for item in items:
-        item |= {"instruction": "Wrap", "input": "", "output": "the text"}
+    for item in items:  # a text item has as many words more as an image has positions
+        item |= {
+            "instruction": "Wrap",
+            "input": "",
+            "output": "the" + ("" if "image" in item else " the" * IMAGE_WORDS),
+        }
     data = write_data(tmp_path / "data", items, prompt_type="None", root=str(tmp_path / "images"))
+    config = tiny_config(qformer_folder, data, tmp_path / "out").data
+    tokenizer = accessory.load_model(str(qformer_folder)).tokenizer
+    with_image = []
+    for rank in (0, 1):
+        module = DataModule(config, tokenizer, 1, 1, 2, rank, 0, ImageInput(28, IMAGE_WORDS))
+        with_image.append(["images" in batch for batch in module.train_dataloader()])
+    assert any(one != other for one, other in zip(*with_image, strict=True))
     changes = {"train.batch_size": 2, "recipe.projector": True, "optim.lr": 1e-2, "optim.min_lr": 1e-3}
     whole = trainables(finetune(tiny_config(qformer_folder, data, tmp_path / "one", **changes)))
     changes["train.batch_size"] = 1
@@ -188,13 +218,12 @@ def test_an_image_that_vanishes_while_training_is_skipped_and_counted(tmp_path, 
         fit(*arguments)
 
     monkeypatch.setattr(finetune_module, "_fit", fit_without_one)
-    out = run(qformer_folder, data, tmp_path / "out", **{"data.bad_images": "skip"})
-    assert json.loads((out / "meta.json").read_text())["unreadable_images"] == 1
+    out = run(qformer_folder, data, tmp_path / "out", **{"data.bad_images": "skip", "train.epochs": 2})
+    named = [f"image {tmp_path / 'images' / '3.png'}: no such file"]
+    assert json.loads((out / "meta.json").read_text())["unreadable_images"] == named
 
 
 def test_packed_rows_with_images_give_the_loss_of_their_items(qformer_folder, pictures):
-    from accessory.data.datamodule import DataModule
-
     model = accessory.load_model(str(qformer_folder))
     config = DataConfig(data_config=str(pictures), max_words=96, num_workers=0, val_fraction=0.0, packing=True)
     config.image_transform = model.image_transform
@@ -206,22 +235,28 @@ def test_packed_rows_with_images_give_the_loss_of_their_items(qformer_folder, pi
 
 
 def test_a_killed_run_with_images_continues_to_the_same_bits(tmp_path, qformer_folder, pictures, monkeypatch):
-    from accessory.module import FinetuneModule
-
     changes = {"save.step_interval": 2, "recipe.lora": True, "recipe.dropout": 0.1, "train.epochs": 2}
     whole = run(qformer_folder, pictures, tmp_path / "whole", **changes)
-    step = FinetuneModule.training_step
-
-    def interrupted(self, batch, index):
-        if self.global_step == 7:
-            raise RuntimeError("killed")
-        return step(self, batch, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FinetuneModule, "training_step", interrupted)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(qformer_folder, pictures, tmp_path / "part", **changes)
+    run_killed_at(7, monkeypatch, qformer_folder, pictures, tmp_path / "part", **changes)
     assert_same_bits(trainables(run(qformer_folder, pictures, tmp_path / "part", **changes)), trainables(whole))
+
+
+def test_resuming_on_a_base_with_another_image_part_is_refused(tmp_path, qformer_folder, pictures, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(qformer_folder, base)
+    run_killed_at(3, monkeypatch, base, pictures, tmp_path / "out", **{"save.step_interval": 2})
+    write_base(base, meta_weights() | image_part_weights(seed=9))
+    with pytest.raises(UserError, match="its run was started with image_part="):
+        run(base, pictures, tmp_path / "out", **{"save.step_interval": 2})
+
+
+def test_a_diff_of_the_image_part_is_kept_as_the_sum_that_was_trained_on(tmp_path, qformer_folder, pictures):
+    name = "qformer_proj.0.weight"
+    (tmp_path / "diff").mkdir()
+    write_base(tmp_path / "diff", {name: torch.full((64, 48), 0.01)}, "model-diff")
+    folders = [str(qformer_folder), str(tmp_path / "diff")]
+    out = run(qformer_folder, pictures, tmp_path / "out", **{"model.pretrained_path": folders})
+    assert torch.allclose(load_file(out / "frozen.safetensors")[name], image_part_weights()[name] + 0.01)
 
 
 # --- stage 1: alignment, where no multimodal checkpoint exists --------------------------------------------------------
@@ -263,6 +298,31 @@ def test_a_checkpoint_holds_the_vision_part_too_and_the_disk_once(aligned):
     assert (checkpoint / "frozen.safetensors").samefile(aligned / "frozen.safetensors")
 
 
+def test_a_continued_alignment_still_holds_the_vision_part_once(
+    tmp_path, meta_folder, blip2_folder, pictures, monkeypatch
+):
+    changes = ALIGNMENT | {"model.vision_path": str(blip2_folder), "save.step_interval": 2}
+    run_killed_at(3, monkeypatch, meta_folder, pictures, tmp_path / "out", **changes)
+    out = run(meta_folder, pictures, tmp_path / "out", **changes)
+    files = [out / "frozen.safetensors", *out.glob("checkpoints/*/frozen.safetensors")]
+    assert len(files) == 3 and len({file.stat().st_ino for file in files}) == 1
+    accessory.load_model([str(meta_folder), str(out)])  # and its checksum is right
+
+
+def test_a_later_stage_shares_the_vision_part_of_the_earlier_one(tmp_path, aligned, meta_folder, pictures):
+    changes = ALIGNMENT | {"model.pretrained_path": [str(meta_folder), str(aligned)]}
+    out = run(meta_folder, pictures, tmp_path / "out", **changes)
+    assert (out / "frozen.safetensors").samefile(aligned / "frozen.safetensors")
+
+
+def test_a_second_vision_model_beside_the_aligned_one_is_refused(
+    tmp_path, aligned, meta_folder, blip2_folder, pictures
+):
+    changes = {"model.pretrained_path": [str(meta_folder), str(aligned)], "model.vision_path": str(blip2_folder)}
+    with pytest.raises(UserError, match="holds a vision model as well"):
+        run(meta_folder, pictures, tmp_path / "out", **changes)
+
+
 def test_qpeft_after_alignment_keeps_what_it_does_not_train(tmp_path, aligned, meta_folder, pictures):
     tuned = finetune(
         tiny_config(
@@ -299,15 +359,11 @@ def test_a_tower_may_train_in_fp32_and_is_saved(tmp_path, meta_folder, blip2_fol
     moved = [name for name in before if not torch.equal(after[f"qformer.{name}"], before[name])]
     assert len(moved) > 0.9 * len(before)
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    asked = accessory.load_model([str(meta_folder), str(out)], dtype=torch.bfloat16)  # to answer it is frozen, 16 bit
+    assert {(p.dtype, p.requires_grad) for p in asked.qformer.parameters()} == {(torch.bfloat16, False)}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_a_fresh_projector_that_would_not_train_is_refused(tmp_path, meta_folder, blip2_folder, pictures):
-    changes = {"model.llama_type": "llama_qformerv2_peft", "model.vision_path": str(blip2_folder)}
-    with pytest.raises(UserError, match=r"recipe\.projector=true"):
-        run(meta_folder, pictures, tmp_path / "out", **changes)
 
 
 @pytest.mark.parametrize("part", ["projector", "vision"])
@@ -323,13 +379,46 @@ def test_a_language_model_refuses_items_with_images(tmp_path, meta_folder, pictu
 
 def test_a_quantized_tower_cannot_train(tmp_path, meta_folder, pictures):
     changes = {"recipe.vision": True, "quantization.vision": True}
-    with pytest.raises(UserError, match=r"quantization\.vision=true"):
+    with pytest.raises(UserError, match=r"recipe\.vision=true with quantization\.vision=true"):
         run(meta_folder, pictures, tmp_path / "out", **changes)
 
 
-def test_a_damaged_frozen_file_is_refused(tmp_path, aligned, meta_folder):
-    import shutil
+def test_storing_the_vision_part_in_4_bits_needs_a_method_and_a_vision_part(tmp_path, meta_folder, pictures):
+    with pytest.raises(UserError, match=r"choose quantization=nf4"):
+        run(meta_folder, pictures, tmp_path / "out", **{"quantization.method": "none", "quantization.vision": True})
+    with pytest.raises(UserError, match=r"quantization\.vision=true: this model is language-only"):
+        run(meta_folder, pictures, tmp_path / "out", **{"quantization.vision": True})
 
+
+def test_a_bare_method_means_the_quantization_that_was_trained_on(tmp_path, qformer_folder, pictures, caplog):
+    out = run(
+        qformer_folder, pictures, tmp_path / "out", **{"quantization.vision": True, "quantization.blocksize": 128}
+    )
+    model = accessory.load_model([str(qformer_folder), str(out)], quantization="nf4")
+    assert model.qformer_proj[0].backend == NF4(blocksize=128) and not caplog.messages
+    other = QuantizationConfig(method=QuantMethod.nf4, blocksize=256)
+    accessory.load_model([str(qformer_folder), str(out)], quantization=other)
+    assert "blocksize=128, vision=True, and is used on one with blocksize=256, vision=False" in caplog.text
+
+
+def test_a_trained_projector_cannot_become_a_peft_adapter(tmp_path, qformer_folder):
+    recipe = RecipeConfig(norm=False, bias=False, lora=True, projector=True)
+    with pytest.raises(UserError, match="cannot hold an image part"):
+        export_peft(learner([qformer_folder], recipe), tmp_path / "out")
+
+
+def test_a_projector_that_would_not_train_is_refused_before_images_are_read(
+    tmp_path, meta_folder, blip2_folder, pictures, monkeypatch
+):
+    monkeypatch.setattr(finetune_module, "DataModule", None)
+    changes = {"model.llama_type": "llama_qformerv2_peft"}
+    with pytest.raises(UserError, match=r"model\.vision_path"):
+        run(meta_folder, pictures, tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=r"recipe\.projector=true"):
+        run(meta_folder, pictures, tmp_path / "out", **changes, **{"model.vision_path": str(blip2_folder)})
+
+
+def test_a_damaged_frozen_file_is_refused(tmp_path, aligned, meta_folder):
     shutil.copytree(aligned, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
     content = bytearray((tmp_path / "copy" / "frozen.safetensors").read_bytes())
     content[-1] ^= 1
@@ -339,12 +428,7 @@ def test_a_damaged_frozen_file_is_refused(tmp_path, aligned, meta_folder):
 
 
 def test_trainables_of_another_image_part_are_refused(tmp_path, tuned, qformer_folder):
-    import shutil
-
     shutil.copytree(qformer_folder, tmp_path / "other", ignore=shutil.ignore_patterns("*.pth"))
-    from conftest import meta_weights
-
-    weights = {f"llma.{k}": v for k, v in (meta_weights() | image_part_weights(seed=9)).items()}
-    torch.save({"model": weights}, tmp_path / "other" / "consolidated.00-of-01.model.pth")
+    write_base(tmp_path / "other", meta_weights() | image_part_weights(seed=9))
     with pytest.raises(UserError, match="image_part"):
         accessory.load_model([str(tmp_path / "other"), str(tuned)])

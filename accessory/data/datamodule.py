@@ -73,14 +73,14 @@ class PixelSource:
     bad_images: BadImages
     seed: int = 0
 
-    def load(self, path: str, epoch: int, item: int) -> Optional[Tensor]:
-        """float32 [3, size, size]; None: it can no longer be read, and such items are skipped."""
+    def load(self, path: str, epoch: int, item: int) -> Tensor | str:
+        """float32 [3, size, size]; or what is wrong, where it can no longer be read and such items are skipped."""
         try:
             rng = np.random.default_rng((self.seed, epoch, item))
             return load_pixels(path, self.transform, self.image.size, rng)
         except ImageProblem as problem:
             if self.bad_images is BadImages.skip:
-                return None
+                return f"image {path}: {problem}"
             raise UserError(
                 f"image {path}: {problem}, and it could be read when the data was checked; mend it, or go on without "
                 "with data.bad_images=skip"
@@ -91,7 +91,8 @@ class TokenDataset(Dataset):
     """MicroBatch -> tensors. width: fixed (packing), or None for the longest row, rounded up to a multiple of 8.
 
     pixels: for a model that takes images. A batch that has some then holds images, float32 [n, 3, size, size] in the
-    order of their slots, and every batch `unreadable`: how many of them are gray, their items masked.
+    order of their slots, and every batch `unreadable`: what is wrong with those that can no longer be read. They are
+    gray and their items masked; the step's mean still counts their answers, with a loss of 0.
     """
 
     def __init__(
@@ -131,13 +132,13 @@ class TokenDataset(Dataset):
         """images and unreadable; masks the labels of items whose image cannot be read."""
         if self.pixels is None:
             return {}
-        images, unreadable = [], 0
+        images, unreadable = [], []
         for index, item in zip(drawn, items, strict=True):
             if not item["image"]:
                 continue
             pixels = self.pixels.load(str(item["image"]), epoch, index)
-            if pixels is None:
-                unreadable += 1
+            if isinstance(pixels, str):
+                unreadable.append(pixels)
                 item["labels"] = np.full_like(item["labels"], IGNORE)
                 pixels = torch.zeros(3, self.pixels.image.size, self.pixels.image.size)
             images.append(pixels)

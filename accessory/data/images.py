@@ -33,6 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(255 * value) for value in CLIP_MEAN)  # whole levels, cut as LLaMA2-Accessory cuts them
 CROP_AREA = (0.9, 1.0)  # of the picture's
 CROP_RATIO = (0.75, 1.3333)  # width over height
+MAX_PIXELS = 89_478_485  # above, Pillow itself warns of a decompression bomb
 CHECKED_AT_ONCE = 1024  # pictures handed to the threads together: a bound on what waits in memory
 
 Source = str | Path | Image.Image
@@ -101,9 +102,8 @@ def _decode(data: bytes, quick: bool) -> Image.Image:
 def _guarded(image: Image.Image, quick: bool) -> Image.Image:
     """quick: decode JPEGs at an eighth of their size, which still reads every byte."""
     width, height = image.size
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:  # before anything is decoded
-        raise ImageProblem(f"is too large: {width} x {height} pixels, of at most {limit:,}")
+    if width * height > MAX_PIXELS:  # before anything is decoded
+        raise ImageProblem(f"is too large: {width} x {height} pixels, of at most {MAX_PIXELS:,}")
     try:
         if quick:
             image.draft(None, (1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from accessory.data.prompts import Example, dialog, read_conversation, single_turn
@@ -81,11 +82,12 @@ def _caption(item: dict[str, Any], number: int) -> Any:
 
 
 def _single_turn_llava(item: dict[str, Any]) -> dict[str, Any]:
-    try:
-        question, answer = item["conversations"][:2]
-        return {"instruction": question["value"], "output": answer["value"]}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("preprocess single_turn_llava needs 'conversations' with two turns") from None
+    """The first question of a conversation and its answer."""
+    turns = read_conversation(item)
+    for question, answer in itertools.pairwise(turns):
+        if (question["role"], answer["role"]) == ("user", "assistant"):
+            return {"instruction": question["content"], "output": answer["content"]}
+    raise ValueError("preprocess single_turn_llava needs a turn of 'human' with one of 'gpt' after it")
 
 
 def _check_single_turn(item: dict[str, Any]) -> None:

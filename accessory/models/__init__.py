@@ -35,6 +35,9 @@ PARAMS = {
 }
 
 
+VISION_PARTS = ("vision_config", "qformer_config", "num_query_tokens")  # of transformers' Blip2Config
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -174,7 +177,7 @@ def config_from_hf(path: Path) -> LlamaConfig:
 def vision_config_from(path: Path) -> Blip2Config:
     """vision_config.json, or BLIP-2's config.json, whose language part does not matter here."""
     content = read_json(path)
-    parts = {key: content[key] for key in ("vision_config", "qformer_config", "num_query_tokens") if key in content}
+    parts = {key: content[key] for key in VISION_PARTS if key in content}
     if "vision_config" not in parts:
         raise UserError(f"{path}: no 'vision_config' in it; expected transformers' Blip2Config")
     try:
@@ -183,15 +186,17 @@ def vision_config_from(path: Path) -> Blip2Config:
             VisionQFormer(config)  # sizes that do not fit each other
     except Exception as error:  # the library's validators raise errors of their own, over several lines
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if config.qformer_config.use_qformer_text_input:
+        raise UserError(f"{path}: use_qformer_text_input=true: a Q-Former that reads text too is not supported")
     if not isinstance(config.vision_config.image_size, int):
         raise UserError(f"{path}: image_size={config.vision_config.image_size}: only square images, one number")
     return config
 
 
-def write_vision_config(config: Blip2Config, file: Path) -> None:
+def describe_vision(config: Blip2Config) -> str:
+    """vision_config.json's text: the parts of the configuration that make the image part."""
     whole = config.to_dict()
-    kept = {key: whole[key] for key in ("vision_config", "qformer_config", "num_query_tokens")}
-    file.write_text(json.dumps(kept, indent=2) + "\n")
+    return json.dumps({key: whole[key] for key in VISION_PARTS}, indent=2) + "\n"
 
 
 def build_model(config: LlamaConfig, vision: Optional[Blip2Config] = None) -> Llama:

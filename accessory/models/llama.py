@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Blip2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from accessory.config import ImageTransform
 from accessory.errors import UserError
 
 NO_IMAGES = "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
@@ -133,6 +134,7 @@ class Llama(nn.Module):
     # What a multimodal model has: sizes of its image part, and the positions that an image takes in a row.
     vision_config: Optional[Blip2Config] = None
     image_words = 0
+    image_transform = ImageTransform.resized_center_crop
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -172,7 +174,7 @@ class Llama(nn.Module):
 
     def forward(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
         """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
-        if images is not None:
+        if images is not None and any(image is not None for image in images):
             raise UserError(NO_IMAGES)
         return self.lm_head(self.hidden_states(input_ids)).float()
 

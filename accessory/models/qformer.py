@@ -58,6 +58,10 @@ class VisionQFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
         self.qformer = Blip2QFormerModel(config.qformer_config)
 
+    def train(self, mode: bool = True) -> "VisionQFormer":
+        """Always eval: with BLIP-2's dropout one image would have other features at every look."""
+        return super().train(False)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values: float [n, 3, p, p] -> [n, q, 768]; without gradient unless the weights train."""
         trains = self.query_tokens.requires_grad and torch.is_grad_enabled()
@@ -104,17 +108,19 @@ class QFormerLlama(Llama):
     def embed(self, input_ids: Tensor, images: Optional[Tensor] = None) -> Tensor:
         """input_ids: int64 [b, s] with w slots for each of `images`, [n, 3, p, p], in order -> [b, s, d]."""
         if images is None:
-            embeds = super().embed(input_ids)
-            return embeds + self._zero() if torch.is_grad_enabled() else embeds
+            return self._tie_to_image_part(super().embed(input_ids))
         slots = input_ids == IMAGE_SLOT
         embeds = super().embed(input_ids.masked_fill(slots, 0))
         return embeds.masked_scatter(slots.unsqueeze(-1), self.encode_images(images))
 
-    def _zero(self) -> Union[Tensor, int]:
-        """0, as a function of what trains in the image part: a text-only batch gives it the gradient 0 rather than
-        none, on this rank as on one that has images."""
+    def _tie_to_image_part(self, embeds: Tensor) -> Tensor:
+        """The same embeddings, as a function of what trains in the image part too: a text-only batch gives it the
+        gradient 0 rather than none, so that all ranks have one, whether they met an image or not."""
         parts = (*self.qformer.parameters(), *self.qformer_proj.parameters(), self.start_img, self.end_img)
-        return sum((0 * p.flatten()[0]).to(self.dtype) for p in parts if p.requires_grad)
+        nothing = [p.flatten()[:0].sum() for p in parts if p.requires_grad]
+        if not nothing or not torch.is_grad_enabled():
+            return embeds
+        return embeds + torch.stack(nothing).sum().to(embeds.dtype)
 
     def forward(self, input_ids: Tensor, images: Union[Tensor, Sequence[Optional[Tensor]], None] = None) -> Tensor:
         """input_ids: int64 [b, s], text only, padded on the right if at all; images: float [b, 3, p, p], one a row, or
@@ -140,10 +146,15 @@ class QFormerLlama(Llama):
     def _check_images(
         self, images: Union[Tensor, Sequence[Optional[Tensor]]], count: int
     ) -> Sequence[Optional[Tensor]]:
+        if isinstance(images, (str, bytes)) or not isinstance(images, (Tensor, Sequence)):
+            raise UserError(f"images is a {type(images).__name__}: expected pixels, a tensor or None for each row")
         if len(images) != count:
             raise UserError(f"{len(images)} images for {count} rows of input_ids: give one a row, or None in its place")
         shape = (3, self.image_size, self.image_size)
         for image in images:
+            if image is not None and not (isinstance(image, Tensor) and image.is_floating_point()):
+                kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+                raise UserError(f"an image is {kind}: expected normalised float pixels; generate() takes files")
             if image is not None and tuple(image.shape) != shape:
                 raise UserError(f"an image has shape {list(image.shape)}, this model takes {list(shape)}")
         return images

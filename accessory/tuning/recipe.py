@@ -99,6 +99,11 @@ def canonical_name(path: str) -> str:
     return path.replace(".base_layer.", ".").replace(".default.", ".")
 
 
+def trainable_names(model: nn.Module) -> set[str]:
+    """Names on disk of the trainable parameters."""
+    return {canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters by name on disk, fp32 on the CPU."""
     return {

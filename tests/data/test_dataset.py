@@ -254,7 +254,7 @@ def test_items_without_conversations_are_named_under_dialog(tmp_path, tokenizer)
 
 def test_single_turn_llava_without_two_turns_names_the_item(tmp_path, tokenizer):
     path = data_file(tmp_path, [{"conversations": TURNS[:1]}])
-    with pytest.raises(UserError, match="item 0: preprocess single_turn_llava needs 'conversations' with two turns"):
+    with pytest.raises(UserError, match="item 0: no turn from 'gpt', so there is nothing to learn"):
         opened(configure(tmp_path, {"path": path, "preprocess": "single_turn_llava"}), tokenizer)
 
 

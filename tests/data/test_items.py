@@ -75,6 +75,21 @@ def test_single_turn_llava_takes_the_image_and_the_first_two_turns(open_items):
     assert without_slots(row) == expected
 
 
+@pytest.mark.parametrize("before", ["system", "gpt"])
+def test_single_turn_llava_goes_by_who_speaks_not_by_the_place(before, open_items):
+    turns = [{"from": before, "value": "be nice"}, *TURNS[:2]]
+    entry = {"preprocess": "single_turn_llava"}
+    (row,) = open_items([{"image": "x.png", "conversations": turns}], entry=entry)
+    (expected,) = open_items([{"image": "x.png", "conversations": TURNS}], entry=entry)
+    assert row == expected
+
+
+def test_single_turn_llava_wants_an_answer_right_after_a_question(open_items):
+    turns = [TURNS[1], TURNS[0]]
+    with pytest.raises(UserError, match=r"item 0: preprocess single_turn_llava needs a turn of 'human' with one of"):
+        open_items([{"conversations": turns}], entry={"preprocess": "single_turn_llava"})
+
+
 def test_multi_turn_llava_is_the_whole_conversation_without_the_flag(open_items):
     entry = {"preprocess": "multi_turn_llava"}
     (row,) = open_items([{"image": "x.png", "conversations": TURNS}], entry=entry)

@@ -94,6 +94,26 @@ def test_images_too_few_or_too_many_are_refused_with_both_numbers(model, count):
         model(IDS, images=torch.randn(count, 3, 28, 28))
 
 
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ([Image.new("RGB", (28, 28))] * 2, r"an image is Image: .*generate\(\) takes files"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), "an image is torch.uint8: expected normalised float pixels"),
+        ("photo.jpg", "images is a str"),
+    ],
+    ids=["pictures", "bytes", "a name"],
+)
+def test_something_else_than_pixels_is_refused_in_a_line(model, images, told):
+    with pytest.raises(UserError, match=told):
+        model(IDS, images=images)
+
+
+@pytest.mark.parametrize("picture", [torch.zeros(3, 28, 28), b"photo.jpg", 3])
+def test_something_else_than_a_picture_is_refused_in_a_line(model, picture):
+    with pytest.raises(UserError, match=r"generate\(\) takes image files or PIL images, found \w+$"):
+        model.generate(["a"], images=[picture])
+
+
 def test_an_image_of_another_size_is_refused_with_both_shapes(model):
     with pytest.raises(UserError, match=r"\[3, 30, 30\].*\[3, 28, 28\]"):
         model(IDS, images=torch.randn(2, 3, 30, 30))
@@ -107,15 +127,10 @@ def test_a_language_model_refuses_images(meta_folder):
         alone.generate(["a"], images=[Image.new("RGB", (8, 8))])
 
 
-def test_image_features_are_the_same_in_train_and_eval_mode(model, qformer_folder):
-    from accessory.config import OptimConfig
-    from accessory.module import FinetuneModule
-
+def test_image_features_are_the_same_in_train_and_eval_mode(model):
     before = model.encode_images(PIXELS)
-    trained = FinetuneModule(model, OptimConfig(), 1, 1.0)
-    trained.train()
-    assert torch.equal(model.encode_images(PIXELS), before)
-    trained.eval()
+    assert torch.equal(model.train().encode_images(PIXELS), before)
+    model.eval()
 
 
 def test_the_vision_part_does_not_run_without_images(model, monkeypatch):
@@ -232,6 +247,7 @@ def test_a_part_that_is_missing_is_named_with_a_way_out(tmp_path, qformer_folder
         ('{"vision_config": {"hidden_size": 33, "num_attention_heads": 2}}', "divisible"),
         ('{"vision_config": {"hidden_size": "big"}}', "hidden_size"),
         ("[]", "expected a JSON object"),
+        ('{"vision_config": {}, "qformer_config": {"use_qformer_text_input": true}}', "use_qformer_text_input"),
     ],
 )
 def test_a_vision_config_that_cannot_be_is_named(tmp_path, qformer_folder, content, told):

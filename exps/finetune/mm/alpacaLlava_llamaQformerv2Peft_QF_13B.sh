@@ -7,4 +7,4 @@ if [ $# -lt 4 ]; then
     exit 2
 fi
 OUTPUT=${OUTPUT:-output/finetune/mm/alpacaLlava_llamaQformerv2Peft_QF_13B} exec "$(dirname "$0")/../launch.sh" \
-    alpaca_llava_norm_bias_lora mm/alpaca_llava "$1" "$2" "$3" data.image_root="$4" "${@:5}"
+    alpaca_llava_norm_bias_lora mm/alpaca_llava "$1" "$2" "$3" --image_root "$4" "${@:5}"
