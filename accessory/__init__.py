@@ -16,7 +16,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 if TYPE_CHECKING:
     import torch
 
-    from accessory.config import QuantizationConfig
+    from accessory.config import ModelConfig, QuantizationConfig
     from accessory.models.llama import Llama
 
 __version__ = "0.1.0"
@@ -46,9 +46,29 @@ def load_model(
     import torch
 
     from accessory.assemble import assemble
-    from accessory.config import LlamaType, ModelConfig, QuantizationConfig, QuantMethod
+    from accessory.config import QuantizationConfig, QuantMethod
     from accessory.errors import UserError
     from accessory.models import find_device
+
+    if not isinstance(quantization, QuantizationConfig):
+        try:
+            quantization = QuantizationConfig(method=QuantMethod(quantization))
+        except ValueError:
+            known = ", ".join(method.value for method in QuantMethod)
+            raise UserError(f"quantization={quantization!r}: known are {known}") from None
+    model = describe_model(pretrained_path, llama_type, llama_config, tokenizer_path)
+    return assemble(model, quantization, None, find_device(device), dtype or torch.float32)
+
+
+def describe_model(
+    pretrained_path: Union[str, list[str]],
+    llama_type: Optional[str] = None,
+    llama_config: Union[str, list[str], None] = None,
+    tokenizer_path: Optional[str] = None,
+) -> "ModelConfig":
+    """`load_model`'s arguments as the configuration that `assemble.open_sources` takes."""
+    from accessory.config import LlamaType, ModelConfig
+    from accessory.errors import UserError
 
     def listed(value: Union[str, list[str], None]) -> list[str]:
         return [] if value is None else [str(v) for v in ([value] if isinstance(value, (str, os.PathLike)) else value)]
@@ -57,16 +77,9 @@ def load_model(
         kind = None if llama_type is None else LlamaType(llama_type)
     except ValueError:
         raise UserError(f"llama_type={llama_type!r}: known are {', '.join(t.value for t in LlamaType)}") from None
-    if not isinstance(quantization, QuantizationConfig):
-        try:
-            quantization = QuantizationConfig(method=QuantMethod(quantization))
-        except ValueError:
-            known = ", ".join(method.value for method in QuantMethod)
-            raise UserError(f"quantization={quantization!r}: known are {known}") from None
-    model = ModelConfig(
+    return ModelConfig(
         llama_type=kind,
         llama_config=listed(llama_config),
         tokenizer_path=None if tokenizer_path is None else str(tokenizer_path),
         pretrained_path=listed(pretrained_path),
     )
-    return assemble(model, quantization, None, find_device(device), dtype or torch.float32)

@@ -39,6 +39,12 @@ class Sources:
     base: dict[str, str]
 
     @property
+    def image_transform(self) -> ImageTransform:
+        """How answers see an image: as the last folder that says so was trained."""
+        stated = next((f.meta["image_transform"] for f in reversed(self.folders) if "image_transform" in f.meta), None)
+        return deterministic(ImageTransform(stated or ImageTransform.random_resized_crop))
+
+    @property
     def llama_type(self) -> LlamaType:
         return LlamaType.llama_peft if self.vision is None else LlamaType.llama_qformerv2_peft
 
@@ -57,7 +63,7 @@ def open_sources(config: ModelConfig) -> Sources:
         check_vocabulary(tokenizer, architecture.vocab_size)
     for folder in folders:
         attach(folder, architecture)
-    base = {"path": str(folders[0].path.resolve()), **check_pairing(folders)}
+    base = {"path": str(folders[0].path.resolve()), **check_pairing(folders, vision is not None)}
     return Sources(folders, tokenizer, architecture, vision, base)
 
 
@@ -85,7 +91,7 @@ def assemble(
     load_weights(model, sources.folders, device, dtype, fresh_trainables=recipe is not None)
 
     model.tokenizer, model.base = sources.tokenizer, sources.base
-    model.image_transform = _image_transform(sources.folders)
+    model.image_transform = sources.image_transform
     _warn_of_other_quantization(sources.folders, quantization)
     return model
 
@@ -152,10 +158,14 @@ def _tokenizer(config: ModelConfig, folders: list[Folder]) -> Optional[Tokenizer
 
 def _takes_images(config: ModelConfig, folders: list[Folder]) -> bool:
     """Whether the multimodal model is meant: as the user says, else as the folders do."""
-    if not config.visual:
+    is_language = config.llama_type is not None and config.llama_type != LlamaType.llama_qformerv2_peft
+    if is_language or not config.visual:
+        if config.vision_path is not None:
+            flag = f"--llama_type {config.llama_type.value}" if is_language else "--no_visual"
+            raise UserError(f"model.vision_path={config.vision_path} with {flag}: leave one of them out")
         return False
     if config.llama_type is not None:
-        return config.llama_type == LlamaType.llama_qformerv2_peft
+        return True
     stated = next((f.meta["llama_type"] for f in reversed(folders) if "llama_type" in f.meta), None)
     return (
         stated == LlamaType.llama_qformerv2_peft or config.vision_path is not None or any(f.has_images for f in folders)
@@ -166,14 +176,20 @@ def _with_vision(config: ModelConfig, folders: list[Folder]) -> tuple[list[Folde
     """The folders with the one of model.vision_path, behind the base so that trainables win; and the sizes."""
     if config.vision_path is None:
         return folders, vision_config(folders, config.vision_config)
-    own = next((f.path for f in folders[1:] if any(weight_kind(name) == "vision" for name in f.names)), None)
-    if own is not None:
-        raise UserError(f"model.vision_path={config.vision_path}: {own} holds a vision model as well; leave one out")
+    if (own := next((folder.path for folder in folders if folder.has_images), None)) is not None:
+        raise UserError(
+            f"model.vision_path={config.vision_path}: {own} has an image part, which belongs to its own vision model; "
+            "leave model.vision_path out"
+        )
     opened = open_vision(config.vision_path)
     sizes = vision_config([folders[0], opened, *folders[1:]], config.vision_config)
     with torch.device("meta"):
         wanted = {f"qformer.{name}" for name in VisionQFormer(sizes).state_dict()}
-    # BLIP-2's file may hold more, for other uses.
+    if beyond := sorted(name for name in opened.names - wanted if ".encoder." in name):
+        raise UserError(
+            f"model.vision_path={config.vision_path}: {beyond[0]} has no place in what its config.json says"
+        )
+    # Outside the encoders the file may hold more, for other uses of BLIP-2.
     return [folders[0], opened.only(wanted.__contains__), *folders[1:]], sizes
 
 
@@ -200,12 +216,6 @@ def _as_trained(quantization: QuantizationConfig, folders: list[Folder]) -> Quan
 def _for_answers(recipe: Optional[RecipeConfig]) -> Optional[RecipeConfig]:
     """What the folders hold, less what only training needs: a vision model that was trained in fp32 answers as any."""
     return None if recipe is None else replace(recipe, vision=False)
-
-
-def _image_transform(folders: list[Folder]) -> ImageTransform:
-    """How answers see an image: as the last folder that says so was trained."""
-    stated = next((f.meta["image_transform"] for f in reversed(folders) if "image_transform" in f.meta), None)
-    return deterministic(ImageTransform(stated or ImageTransform.random_resized_crop))
 
 
 def _warn_of_other_quantization(folders: list[Folder], quantization: QuantizationConfig) -> None:

@@ -291,13 +291,13 @@ def fingerprint(base: Folder) -> str:
 
 
 def image_fingerprint(folder: Folder) -> Optional[str]:
-    """The same of a folder's image part, from names, norms and query tokens; None where it has none."""
+    """The same of a folder's image part, from names, norms, biases, tags and query tokens; None where it has none."""
     names = sorted(filter(is_image_part, folder.names))
     if not names:
         return None
     digest = hashlib.sha256("\n".join(names).encode())
     for name in names:
-        if "norm" in name.lower() or name == "qformer.query_tokens":
+        if "norm" in name.lower() or name.endswith((".bias", "_img", ".query_tokens")):
             digest.update(folder.tensor(name).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 

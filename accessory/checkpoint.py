@@ -61,12 +61,12 @@ def open_folders(paths: list[str]) -> list[Folder]:
     return folders
 
 
-def check_pairing(folders: list[Folder]) -> dict[str, str]:
-    """Trainables belong to the base they were trained on. Returns what identifies the base: fingerprint, and image_part
-    where it has one."""
-    found = {"fingerprint": fingerprint(folders[0])}
-    if (image_part := image_fingerprint(folders[0])) is not None:
-        found["image_part"] = image_part
+def check_pairing(folders: list[Folder], takes_images: bool) -> dict[str, Optional[str]]:
+    """Trainables belong to the base they were trained on. Returns what identifies the base: fingerprint, and of a
+    multimodal model image_part (None: the base has none)."""
+    found: dict[str, Optional[str]] = {"fingerprint": fingerprint(folders[0])}
+    if takes_images:
+        found["image_part"] = image_fingerprint(folders[0])
     for folder in folders[1:]:
         if folder.kind == "trainable":
             _check_base(folder, folders[0], found)
@@ -79,11 +79,13 @@ def check_pairing(folders: list[Folder]) -> dict[str, str]:
     return found
 
 
-def _check_base(folder: Folder, base: Folder, found: dict[str, str]) -> None:
+def _check_base(folder: Folder, base: Folder, found: dict[str, Optional[str]]) -> None:
     trained_on = folder.meta.get("base", {})
     for key, now in found.items():
-        before = trained_on.get(key)
-        if trained_on and before != now and not (key == "image_part" and before is None):
+        if key not in trained_on:  # of a run on the language model alone, or of another program
+            continue
+        before = trained_on[key]
+        if before != now:
             raise UserError(
                 f"{folder.path} was trained on {trained_on.get('path')} ({key} {before}), not on {base.path} "
                 f"({key} {now}); give that base"
@@ -105,8 +107,9 @@ def load_weights(
     fresh_projector = fresh_trainables and _starts_projector(model, sources)
     if fresh_projector:
         optional |= {name for name in places if is_image_part(name) and weight_kind(name) != "vision"}
-    _refuse_missing(sorted(places.keys() - sources.keys() - optional), folders)
-    ordered = [name for name in places if name in sources]
+    _refuse_missing(sorted(places.keys() - sources.keys() - optional), sources, folders)
+    # The image part first: small, and where folders disagree that is told before LLaMA is read.
+    ordered = sorted((name for name in places if name in sources), key=lambda name: not is_image_part(name))
     for name in tqdm(ordered, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False):
         shape, store, _ = places[name]
         store(_read(name, sources[name], shape))
@@ -128,15 +131,15 @@ def _starts_projector(model: Llama, sources: dict[str, list[Folder]]) -> bool:
     )
 
 
-def _refuse_missing(missing: list[str], folders: list[Folder]) -> None:
+def _refuse_missing(missing: list[str], sources: dict[str, list[Folder]], folders: list[Folder]) -> None:
     if not missing:
         return
     where = ", ".join(str(folder.path) for folder in folders)
     hint = ""
-    if any(name.startswith("qformer.") for name in missing):
+    if missing[0].startswith("qformer.") and not any(name.startswith("qformer.") for name in sources):
         hint = "; a BLIP-2 folder that holds the vision part can be named with model.vision_path"
-    elif all(map(is_image_part, missing)):
-        hint = "; a projector that starts from nothing has to train: recipe.projector=true"
+    elif missing[0].startswith("qformer."):
+        hint = "; does vision_config.json (BLIP-2 opt-2.7b's sizes where there is none) describe this model?"
     raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}{hint}")
 
 

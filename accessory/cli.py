@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from accessory.config import CONFIG_DIR, Config, describe, find_file, to_typed
-from accessory.errors import UserError, suggest
+from accessory.errors import OwnError, UserError, suggest
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,8 @@ def run_command(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        first = int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if first or isinstance(error, OwnError):
             if sys.stderr.isatty():
                 print(file=sys.stderr)  # off the line of a progress bar
             print(f"error: {error}", file=sys.stderr, flush=True)

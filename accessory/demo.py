@@ -16,7 +16,9 @@ from typing import Any, Optional
 import torch
 
 import accessory
-from accessory.config import PromptType
+from accessory.assemble import assemble, open_sources
+from accessory.config import PromptType, QuantizationConfig, QuantMethod
+from accessory.data.images import ImageProblem, read_image
 from accessory.data.prompts import SEPARATOR, as_messages, dialog_prompt, format_prompt
 from accessory.errors import UserError, suggest
 from accessory.generation import stream
@@ -89,23 +91,28 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> Llama:
-    model = accessory.load_model(
-        args.pretrained_path,
-        args.llama_type,
-        args.llama_config,
-        args.tokenizer_path,
-        quantization="nf4" if args.quant else "none",
-        device=find_device(args.device),
-        dtype=DTYPES[args.dtype],
+    sources = open_sources(
+        accessory.describe_model(args.pretrained_path, args.llama_type, args.llama_config, args.tokenizer_path)
     )
-    tokenizer = require_tokenizer(model)
+    tokenizer = require_tokenizer(sources)
     if args.system_prompt == PromptType.chat and tokenizer.chat_template is None:
         raise UserError(f"--system_prompt chat: {tokenizer.path} has no chat template; choose another")
-    if getattr(args, "image", None) is not None and model.image_words == 0:
-        raise UserError(f"--image {args.image}: this model is language-only; llama_qformerv2_peft takes images")
+    if getattr(args, "image", None) is not None:
+        _check_image(args.image, sources.vision is not None)
+    quantization = QuantizationConfig(method=QuantMethod.nf4 if args.quant else QuantMethod.none)
+    model = assemble(sources, quantization, None, find_device(args.device), DTYPES[args.dtype])
     if args.max_seq_len is not None:
         model.config.max_position_embeddings = args.max_seq_len
     return model
+
+
+def _check_image(image: str, is_multimodal: bool) -> None:
+    if not is_multimodal:
+        raise UserError(f"--image {image}: this model is language-only; llama_qformerv2_peft takes images")
+    try:
+        read_image(image)
+    except ImageProblem as problem:
+        raise UserError(f"--image {image}: {problem}") from None
 
 
 def answers(

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Wrong input: the message says what, where, the value, and what to do. Never wraps a bug of ours."""
 
 
+class OwnError(UserError):
+    """A mistake that this process met alone, not every rank alike: it has to tell of it itself."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """' (did you mean x?)' for the nearest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -146,8 +146,11 @@ def export_peft(model: Llama, folder: Path) -> None:
     A PEFT adapter holds LoRA matrices, and no bias for a linear that has none.
     """
     state = trainable_state(model)
-    if image := next(filter(is_image_part, state), None):
-        raise UserError(f"a PEFT adapter cannot hold an image part ({image} was trained); export --format hf instead")
+    if isinstance(model, QFormerLlama):
+        raise UserError(
+            "a PEFT adapter cannot hold an image part; export --format hf instead, or the language part alone with "
+            "--no_visual"
+        )
     if biased := next((name for name in state if name.endswith(".bias")), None):
         raise UserError(
             f"a PEFT adapter cannot add biases ({biased} was trained); export --format hf instead, or train recipe=lora"

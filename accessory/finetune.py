@@ -21,6 +21,7 @@ from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
 from accessory.checkpoint import save_frozen, save_trainable
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
+from accessory.data.images import deterministic
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.files import atomic_file, disk_error, link
@@ -49,6 +50,7 @@ def finetune(config: Config) -> Path:
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
+    _check_images(config, data)
     settings = _settings(config, sources, data, world)
     checkpoint = find_checkpoint(output_dir, config.resume, settings)
     _make_writable(output_dir)
@@ -59,6 +61,7 @@ def finetune(config: Config) -> Path:
     model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision])
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.model.checkpointing = config.train.checkpointing
+    model.image_transform = deterministic(config.data.image_transform)
     _compile(model, config, world)
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
@@ -88,6 +91,14 @@ def finetune(config: Config) -> Path:
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _check_images(config: Config, data: DataModule) -> None:
+    """An image part learns from images."""
+    recipe, report = config.recipe, data.train_report
+    if (recipe.projector or recipe.vision) and report.images == report.unreadable:
+        what = "projector" if recipe.projector else "vision"
+        raise UserError(f"recipe.{what}=true, but no item of --data_config {config.data.data_config} has an image")
 
 
 def _keep_frozen(

@@ -54,12 +54,15 @@ class FinetuneModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
         ranks, so the share of this micro-batch is multiplied by both."""
-        for image in set(batch.get("unreadable", ())) - self._unreadable:
-            self._unreadable.add(image)
-            log.warning("%s; it could be read when the data was checked. Its items are skipped", image)
+        self._note_unreadable(batch)
         share = batch_loss(self.model, batch) / batch["answer_tokens"]
         self._micro.append((share.detach(), batch["items"]))
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def _note_unreadable(self, batch: dict[str, Any]) -> None:
+        for image in sorted(set(batch.get("unreadable", ())) - self._unreadable):
+            self._unreadable.add(image)
+            log.warning("%s; it could be read when the data was checked. Its items are skipped", image)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
         """Clip; and stop before the update where loss or gradient is not finite."""
@@ -94,13 +97,14 @@ class FinetuneModule(LightningModule):
         self._validation = torch.zeros(2, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._note_unreadable(batch)
         tokens = (batch["targets"] != -100).sum().item()
         self._validation += torch.tensor([batch_loss(self.model, batch).item(), tokens], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         """Token-weighted mean over the whole split."""
         total = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum")
-        loss = (total[0] / total[1].clamp(min=1)).float()
+        loss = (total[0] / total[1]).float()  # NaN where every image that answers belong to has vanished
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
         self.validated_at = self.trainer.global_step
 

@@ -12,7 +12,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from accessory.cli import MODEL_FLAGS, Flag, launch, run_command
-from accessory.config import DataConfig, ModelConfig, Precision, PromptType, QuantizationConfig, QuantMethod, to_typed
+from accessory.config import (
+    BadImages,
+    DataConfig,
+    ModelConfig,
+    Precision,
+    PromptType,
+    QuantizationConfig,
+    QuantMethod,
+    to_typed,
+)
 from accessory.errors import UserError
 
 
@@ -41,6 +50,8 @@ class EvaluateConfig:
     """Items are conversations: {"conversations": [{"from": "human", "value": …}, …]}."""
     image_root: Optional[str] = None
     """Folder of the images whose data YAML entry has no root."""
+    bad_images: BadImages = BadImages.stop
+    """At an image that is missing, broken or too large: stop, or skip its items and count them."""
     seqlen: int = 512
     """Tokens in a window of text, and the longest data item."""
     max_tokens: int = -1
@@ -88,15 +99,22 @@ EVALUATE_FLAGS = [
 EXPORT_FLAGS = [*COMMON_FLAGS, Flag("format", "format"), Flag("output_dir", "output_dir")]
 
 
-def _load(config: Any, device: Optional[str]) -> Any:
+def _open(config: Any) -> Any:
+    """The opened folders, with a tokenizer."""
+    from accessory.assemble import open_sources
+    from accessory.models.tokenizer import require_tokenizer
+
+    sources = open_sources(config.model)
+    require_tokenizer(sources)
+    return sources
+
+
+def _load(sources: Any, config: Any) -> Any:
     from accessory.assemble import assemble
     from accessory.models import find_device
-    from accessory.models.tokenizer import require_tokenizer
     from accessory.strategies import DTYPES
 
-    model = assemble(config.model, config.quantization, None, find_device(device), DTYPES[config.precision])
-    require_tokenizer(model)
-    return model
+    return assemble(sources, config.quantization, None, find_device(config.device), DTYPES[config.precision])
 
 
 def _output_file(path: str) -> Path:
@@ -111,31 +129,29 @@ def _output_file(path: str) -> Path:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity as the config says; printed, and returned as plain numbers."""
     from accessory.data.datamodule import answer_loader
-    from accessory.data.sources import read_data_config
     from accessory.evaluation import answer_perplexity, read_text, text_perplexity
     from accessory.models.qformer import image_input
 
     output = _output_file(config.output) if config.output is not None else None
     text = read_text(Path(config.text).expanduser()) if config.text is not None else None
-    if text is None:
-        read_data_config(config.data_config, config.prompt_type)  # its mistakes come before the model
-    model = _load(config, config.device)
-    if text is not None:
-        result = text_perplexity(model, text, config.seqlen, config.max_tokens, config.batch_size)
-        what = config.text
-    else:
+    sources = _open(config)
+    if text is None:  # the data's mistakes come before the model
         data = DataConfig(
             data_config=config.data_config,
             dialog=config.dialog,
             max_words=config.seqlen,
             prompt_type=config.prompt_type,
-            image_transform=model.image_transform,
+            image_transform=sources.image_transform,
             image_root=config.image_root,
+            bad_images=config.bad_images,
             num_workers=0,
         )
-        loader = answer_loader(data, model.tokenizer, config.batch_size, image_input(model.vision_config))
-        result = answer_perplexity(model, loader)
+        loader = answer_loader(data, sources.tokenizer, config.batch_size, image_input(sources.vision))
+        result = answer_perplexity(_load(sources, config), loader)
         what = config.data_config
+    else:
+        result = text_perplexity(_load(sources, config), text, config.seqlen, config.max_tokens, config.batch_size)
+        what = config.text
     figures = {
         "ppl": result.value,
         "nll": result.nll,
@@ -161,7 +177,7 @@ def export(config: ExportConfig) -> Path:
     check_target(folder)
     if config.quantization.method is QuantMethod.none:  # merge into what the trainables were trained on
         config.quantization = trained_on(open_folder(config.model.pretrained_path[-1])) or config.quantization
-    model = _load(config, config.device)
+    model = _load(_open(config), config)
     if config.format is ExportFormat.peft:
         export_peft(model, folder)
     else:

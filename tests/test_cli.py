@@ -29,8 +29,8 @@ from accessory.config import (
     QuantMethod,
     to_typed,
 )
-from accessory.data.dataset import read_data_config
-from accessory.errors import UserError
+from accessory.data.sources import read_data_config
+from accessory.errors import OwnError, UserError
 from accessory.tools import EvaluateConfig, ExportConfig
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
@@ -546,3 +546,15 @@ def test_published_command_composes(script, tmp_path):
 def test_unknown_flag_is_refused_before_hydra_sees_it():
     with pytest.raises(UserError, match="unknown flag --abc"):
         rewrite(["--abc"], FINETUNE_FLAGS)
+
+
+@pytest.mark.parametrize(("error", "told"), [(UserError, ""), (OwnError, "error: x.png: gone\n")])
+def test_a_mistake_is_told_once_by_the_first_rank_or_by_the_rank_that_alone_met_it(error, told, monkeypatch, capsys):
+    def main() -> None:
+        raise error("x.png: gone")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    assert exit_.value.code == 2 and capsys.readouterr().err == told

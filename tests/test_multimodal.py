@@ -17,7 +17,15 @@ from test_module import run_two_ranks
 import accessory
 import accessory.finetune as finetune_module
 from accessory.assemble import assemble
-from accessory.config import DataConfig, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.config import (
+    DataConfig,
+    ImageTransform,
+    ModelConfig,
+    Precision,
+    QuantizationConfig,
+    QuantMethod,
+    RecipeConfig,
+)
 from accessory.data.datamodule import DataModule, answer_loader
 from accessory.data.images import ImageInput
 from accessory.errors import UserError
@@ -26,6 +34,7 @@ from accessory.finetune import finetune
 from accessory.models.qformer import image_input
 from accessory.module import FinetuneModule, batch_loss
 from accessory.quantization.nf4 import NF4
+from accessory.tools import EvaluateConfig, evaluate
 
 TRAINED_IMAGE_PART = {"qformer_proj.0.bias", "qformer_proj.1.weight", "qformer_proj.1.bias"}
 CPU = torch.device("cpu")
@@ -319,7 +328,7 @@ def test_a_second_vision_model_beside_the_aligned_one_is_refused(
     tmp_path, aligned, meta_folder, blip2_folder, pictures
 ):
     changes = {"model.pretrained_path": [str(meta_folder), str(aligned)], "model.vision_path": str(blip2_folder)}
-    with pytest.raises(UserError, match="holds a vision model as well"):
+    with pytest.raises(UserError, match=f"{aligned} has an image part"):
         run(meta_folder, pictures, tmp_path / "out", **changes)
 
 
@@ -361,6 +370,35 @@ def test_a_tower_may_train_in_fp32_and_is_saved(tmp_path, meta_folder, blip2_fol
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     asked = accessory.load_model([str(meta_folder), str(out)], dtype=torch.bfloat16)  # to answer it is frozen, 16 bit
     assert {(p.dtype, p.requires_grad) for p in asked.qformer.parameters()} == {(torch.bfloat16, False)}
+
+
+def test_alignment_wants_images_to_learn_from(tmp_path, meta_folder, blip2_folder):
+    text = write_data(tmp_path / "data", alpaca_items(8), prompt_type="None")
+    with pytest.raises(UserError, match=r"recipe\.projector=true, but no item of --data_config .* has an image"):
+        run(meta_folder, text, tmp_path / "out", **ALIGNMENT, **{"model.vision_path": str(blip2_folder)})
+
+
+def test_a_merged_model_sees_images_as_the_run_did(tmp_path, qformer_folder, pictures):
+    changes = {"quantization.method": "none", "only_save_trainable": False, "data.image_transform": "padded_resize"}
+    out = run(qformer_folder, pictures, tmp_path / "out", **changes, **{"train.max_steps": 1})
+    merged, by_parts = accessory.load_model(str(out / "model")), accessory.load_model([str(qformer_folder), str(out)])
+    assert merged.image_transform is by_parts.image_transform is ImageTransform.padded_resize
+
+
+def test_evaluate_finds_the_validation_loss_of_a_run_on_images(tmp_path, qformer_folder, pictures):
+    val = {"data.val_config": str(pictures), "optim.lr": 1e-2}
+    out = run(qformer_folder, pictures, tmp_path / "out", **val)
+    config = EvaluateConfig(
+        model=ModelConfig(pretrained_path=[str(qformer_folder), str(out)]),
+        quantization=QuantizationConfig(method=QuantMethod.nf4),
+        precision=Precision.tf32,
+        data_config=str(pictures),
+        device="cpu",
+        seqlen=64,
+    )
+    figures = evaluate(config)
+    logged = json.loads((out / "meta.json").read_text())["val_loss"]
+    assert figures["nll"] / figures["tokens"] == pytest.approx(logged, rel=1e-5)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -425,6 +463,13 @@ def test_a_damaged_frozen_file_is_refused(tmp_path, aligned, meta_folder):
     (tmp_path / "copy" / "frozen.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"frozen\.safetensors: its checksum"):
         accessory.load_model([str(meta_folder), str(tmp_path / "copy")])
+
+
+def test_trainables_of_an_image_part_are_refused_on_a_base_without_one(tuned, meta_folder, qformer_folder):
+    with pytest.raises(UserError, match=r"image_part .*\(image_part None\)"):
+        accessory.load_model([str(meta_folder), str(tuned)])
+    alone = accessory.load_model([str(qformer_folder), str(tuned)], llama_type="llama_peft")
+    assert alone.image_words == 0  # the language part is another matter
 
 
 def test_trainables_of_another_image_part_are_refused(tmp_path, tuned, qformer_folder):

@@ -19,7 +19,7 @@ from accessory.data.dataset import Report, open_dataset
 from accessory.data.images import ImageInput, ImageProblem, deterministic, load_pixels
 from accessory.data.packing import IGNORE, IMAGE_SLOT, collate
 from accessory.data.plan import BatchPlan, MicroBatch
-from accessory.errors import UserError
+from accessory.errors import OwnError, UserError
 from accessory.models.tokenizer import Tokenizer
 
 
@@ -81,7 +81,7 @@ class PixelSource:
         except ImageProblem as problem:
             if self.bad_images is BadImages.skip:
                 return f"image {path}: {problem}"
-            raise UserError(
+            raise OwnError(
                 f"image {path}: {problem}, and it could be read when the data was checked; mend it, or go on without "
                 "with data.bad_images=skip"
             ) from None

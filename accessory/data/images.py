@@ -102,6 +102,8 @@ def _decode(data: bytes, quick: bool) -> Image.Image:
 def _guarded(image: Image.Image, quick: bool) -> Image.Image:
     """quick: decode JPEGs at an eighth of their size, which still reads every byte."""
     width, height = image.size
+    if width * height == 0:
+        raise ImageProblem(f"has no pixels: {width} x {height}")
     if width * height > MAX_PIXELS:  # before anything is decoded
         raise ImageProblem(f"is too large: {width} x {height} pixels, of at most {MAX_PIXELS:,}")
     try:

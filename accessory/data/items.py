@@ -34,7 +34,7 @@ def _read(
     if not isinstance(item, dict):
         raise ValueError(f"expected an object, found {str(item)[:60]!r}")
     is_caption = entry.preprocess == "caption"
-    if not takes_images and (item.get("image") or is_caption):
+    if not takes_images and (item.get("image") or item.get("images") or is_caption):
         raise ValueError("has an image, but the model is language-only (llama_qformerv2_peft takes images)")
     image = _image(item, is_caption) if takes_images else ""
     if is_caption:
@@ -54,7 +54,7 @@ def _read(
 
 
 def _image(item: dict[str, Any], is_caption: bool) -> str:
-    image = item.get("image")
+    image = item.get("image") or item.get("images")  # both names are in use
     if is_caption and not image:
         image = item.get("url")
     if isinstance(image, list) and len(image) > 1:
@@ -76,7 +76,7 @@ def _caption(item: dict[str, Any], number: int) -> Any:
     """Of several captions one by the item's number, the same in each run."""
     captions = item.get("caption")
     caption = captions[number % len(captions)] if isinstance(captions, list) and captions else captions
-    if not isinstance(caption, str) or not caption:
+    if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"'caption' must be text or a list of texts, found {str(captions)[:60]!r}")
     return caption
 

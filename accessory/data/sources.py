@@ -91,7 +91,7 @@ def check_roots(entries: list[Entry], image_root: Optional[str]) -> None:
         if entry.root is not None and not entry.root.is_dir():
             raise UserError(f"root {entry.root} of {entry.path}: no such folder; mend it in the data YAML")
     if image_root is not None and not Path(image_root).expanduser().is_dir():
-        raise UserError(f"data.image_root={image_root}: no such folder")
+        raise UserError(f"--image_root {image_root}: no such folder")
 
 
 def read_items(path: Path) -> Iterator[tuple[str, Any]]:

@@ -180,6 +180,10 @@ def vision_config_from(path: Path) -> Blip2Config:
     parts = {key: content[key] for key in VISION_PARTS if key in content}
     if "vision_config" not in parts:
         raise UserError(f"{path}: no 'vision_config' in it; expected transformers' Blip2Config")
+    stated = parts["vision_config"] if isinstance(parts["vision_config"], dict) else {}
+    for key in ("image_size", "patch_size"):
+        if not _is_count(stated.get(key, 1)):
+            raise UserError(f"{path}: {key}={stated[key]!r}: must be a whole number above 0 (images are square)")
     try:
         config = Blip2Config(**parts)
         with torch.device("meta"):
@@ -188,8 +192,6 @@ def vision_config_from(path: Path) -> Blip2Config:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if config.qformer_config.use_qformer_text_input:
         raise UserError(f"{path}: use_qformer_text_input=true: a Q-Former that reads text too is not supported")
-    if not isinstance(config.vision_config.image_size, int):
-        raise UserError(f"{path}: image_size={config.vision_config.image_size}: only square images, one number")
     return config
 
 

@@ -176,7 +176,13 @@ class Llama(nn.Module):
         """input_ids: int64 [b, s], padded on the right if at all -> logits float32 [b, s, v]."""
         if images is not None and any(image is not None for image in images):
             raise UserError(NO_IMAGES)
+        self._check_ids(input_ids)
         return self.lm_head(self.hidden_states(input_ids)).float()
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            low, high = int(input_ids.min()), int(input_ids.max())
+            raise UserError(f"input_ids from {low} to {high}: this model has the ids 0 to {self.config.vocab_size - 1}")
 
     def generate(
         self,

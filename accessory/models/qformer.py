@@ -128,6 +128,7 @@ class QFormerLlama(Llama):
         if images is None:
             return super().forward(input_ids)
         rows = self._check_images(images, len(input_ids))
+        self._check_ids(input_ids)
         shown = torch.tensor([image is not None for image in rows], device=input_ids.device)
         if not shown.any():
             return super().forward(input_ids)

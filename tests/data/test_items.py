@@ -90,6 +90,11 @@ def test_single_turn_llava_wants_an_answer_right_after_a_question(open_items):
         open_items([{"conversations": turns}], entry={"preprocess": "single_turn_llava"})
 
 
+def test_a_list_of_one_image_under_images_is_an_image(open_items):
+    item = {"instruction": "Wrap the text", "output": "short lines"}
+    assert open_items([item | {"images": ["x.png"]}]) == open_items([item | {"image": "x.png"}])
+
+
 def test_multi_turn_llava_is_the_whole_conversation_without_the_flag(open_items):
     entry = {"preprocess": "multi_turn_llava"}
     (row,) = open_items([{"image": "x.png", "conversations": TURNS}], entry=entry)

@@ -114,6 +114,20 @@ def test_something_else_than_a_picture_is_refused_in_a_line(model, picture):
         model.generate(["a"], images=[picture])
 
 
+@pytest.mark.parametrize("bad", [-1, VOCAB])
+def test_an_id_that_the_model_does_not_have_is_refused(model, bad):
+    ids = IDS.clone()
+    ids[1, 3] = bad
+    for images in (None, PIXELS):
+        with pytest.raises(UserError, match=f"input_ids from .*{bad}.*: this model has the ids 0 to {VOCAB - 1}"):
+            model(ids, images=images)
+
+
+def test_a_picture_without_pixels_is_refused_in_a_line(model):
+    with pytest.raises(UserError, match="has no pixels: 0 x 5"):
+        model.generate(["a"], images=[Image.new("RGB", (0, 5))])
+
+
 def test_an_image_of_another_size_is_refused_with_both_shapes(model):
     with pytest.raises(UserError, match=r"\[3, 30, 30\].*\[3, 28, 28\]"):
         model(IDS, images=torch.randn(2, 3, 30, 30))
@@ -212,31 +226,56 @@ def test_sizes_are_blip2_opts_where_no_folder_says_them():
     assert (config.qformer_config.hidden_size, config.num_query_tokens) == (768, 32)
 
 
-def test_a_vision_path_gives_the_vision_part_to_a_base_that_has_none(qformer_folder, blip2_folder):
-    from accessory.assemble import assemble
-    from accessory.config import ModelConfig, QuantizationConfig
-
-    config = ModelConfig(pretrained_path=[str(qformer_folder)], vision_path=str(blip2_folder))
-    model = assemble(config, QuantizationConfig(), None, torch.device("cpu"), torch.float32)
-    assert torch.equal(model.qformer.query_tokens, blip2_weights(seed=5)["query_tokens"])
-
-
-def test_a_vision_path_without_a_vision_model_is_refused(qformer_folder, hf_folder):
+def opened(base, **settings):
     from accessory.assemble import open_sources
     from accessory.config import ModelConfig
 
+    return open_sources(ModelConfig(pretrained_path=[str(base)], **{k: str(v) for k, v in settings.items()}))
+
+
+def test_a_vision_path_without_a_vision_model_is_refused(meta_folder, hf_folder):
     for path, told in ((hf_folder, "is it a BLIP-2 folder"), ("/no/such/folder", "no such folder")):
         with pytest.raises(UserError, match=told):
-            open_sources(ModelConfig(pretrained_path=[str(qformer_folder)], vision_path=str(path)))
+            opened(meta_folder, vision_path=path)
 
 
-@pytest.mark.parametrize("lost, hint", [("qformer.query_tokens", "vision_path"), ("start_img", "projector=true")])
+def test_a_vision_path_beside_a_base_with_an_image_part_is_refused(qformer_folder, blip2_folder):
+    with pytest.raises(UserError, match=f"{qformer_folder} has an image part"):
+        opened(qformer_folder, vision_path=blip2_folder)
+
+
+def test_a_vision_path_for_a_language_model_is_refused(meta_folder, blip2_folder):
+    with pytest.raises(UserError, match="with --llama_type llama_peft: leave one of them out"):
+        opened(meta_folder, vision_path=blip2_folder, llama_type="llama_peft")
+
+
+def test_a_vision_model_with_more_layers_than_its_config_says_is_refused(tmp_path, meta_folder, blip2_folder):
+    shutil.copytree(blip2_folder, tmp_path / "blip2")
+    content = json.loads((tmp_path / "blip2" / "config.json").read_text())
+    content["vision_config"]["num_hidden_layers"] = 1
+    (tmp_path / "blip2" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"encoder\.layers\.1\..* has no place in what its config\.json says"):
+        opened(meta_folder, vision_path=tmp_path / "blip2")
+
+
+def test_an_exported_model_may_lend_its_vision_part(tmp_path, model, meta_folder):
+    from accessory.export import export_hf
+
+    export_hf(model, tmp_path / "out", torch.float32)
+    (lent,) = opened(meta_folder, vision_path=tmp_path / "out").folders[1:]
+    assert torch.equal(lent.tensor("qformer.query_tokens"), model.qformer.query_tokens)
+
+
+@pytest.mark.parametrize(
+    ("lost", "hint"),
+    [("qformer.", "model.vision_path"), ("qformer.query_tokens", "does vision_config.json"), ("start_img", "")],
+)
 def test_a_part_that_is_missing_is_named_with_a_way_out(tmp_path, qformer_folder, lost, hint):
     shutil.copytree(qformer_folder, tmp_path / "base")
     weights = meta_weights() | image_part_weights()
-    del weights[lost]
-    torch.save({f"llma.{k}": v for k, v in weights.items()}, tmp_path / "base" / "consolidated.00-of-01.model.pth")
-    with pytest.raises(UserError, match=f"{lost}.*{hint}"):
+    left = {f"llma.{name}": tensor for name, tensor in weights.items() if not name.startswith(lost)}
+    torch.save(left, tmp_path / "base" / "consolidated.00-of-01.model.pth")
+    with pytest.raises(UserError, match=f"missing, the first is {lost}.*{hint}"):
         accessory.load_model(str(tmp_path / "base"))
 
 
@@ -247,6 +286,9 @@ def test_a_part_that_is_missing_is_named_with_a_way_out(tmp_path, qformer_folder
         ('{"vision_config": {"hidden_size": 33, "num_attention_heads": 2}}', "divisible"),
         ('{"vision_config": {"hidden_size": "big"}}', "hidden_size"),
         ("[]", "expected a JSON object"),
+        ('{"vision_config": {"image_size": -28}}', "image_size=-28: must be a whole number above 0"),
+        ('{"vision_config": {"image_size": [28, 56]}}', r"image_size=\\[28, 56\\]"),
+        ('{"vision_config": {"patch_size": 0}}', "patch_size=0"),
         ('{"vision_config": {}, "qformer_config": {"use_qformer_text_input": true}}', "use_qformer_text_input"),
     ],
 )
