@@ -135,11 +135,12 @@ def _refuse_missing(missing: list[str], sources: dict[str, list[Folder]], folder
     if not missing:
         return
     where = ", ".join(str(folder.path) for folder in folders)
+    lacks_tower, has_tower = (any(name.startswith("qformer.") for name in names) for names in (missing, sources))
     hint = ""
-    if missing[0].startswith("qformer.") and not any(name.startswith("qformer.") for name in sources):
-        hint = "; a BLIP-2 folder that holds the vision part can be named with model.vision_path"
-    elif missing[0].startswith("qformer."):
+    if lacks_tower and has_tower:
         hint = "; does vision_config.json (BLIP-2 opt-2.7b's sizes where there is none) describe this model?"
+    elif lacks_tower:
+        hint = "; a BLIP-2 folder that holds the vision part can be named with model.vision_path"
     raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}{hint}")
 
 

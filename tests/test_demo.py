@@ -122,7 +122,7 @@ def test_unreadable_image_is_a_line(ask, tmp_path, qformer_folder):
     words = "--pretrained_path", qformer_folder, "--image", tmp_path / "broken.png", "--prompt", QUESTION
     code, out, err = ask("multi_turn.py", *words)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {tmp_path / 'broken.png'}: ") and err.count("\n") == 1
+    assert err.startswith(f"error: --image {tmp_path / 'broken.png'}: ") and err.count("\n") == 1
 
 
 # --- one answer ------------------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def test_root_that_is_no_folder_is_refused_before_the_data_is_read(tmp_path, tok
     with pytest.raises(UserError, match=r"root nowhere of .*data\.json: no such folder"):
         open_dataset(path, DataConfig(data_config=path), tokenizer, IMAGES)
     path = str(write_data(tmp_path, ["not an item"]))
-    with pytest.raises(UserError, match=r"data\.image_root=nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"--image_root nowhere: no such folder"):
         open_dataset(path, DataConfig(data_config=path, image_root="nowhere"), tokenizer, IMAGES)
 
 
