@@ -259,6 +259,41 @@ def test_a_vision_model_with_more_layers_than_its_config_says_is_refused(tmp_pat
         opened(meta_folder, vision_path=str(tmp_path / "blip2"))
 
 
+def test_of_a_repository_on_the_hub_only_the_files_with_the_vision_part_are_fetched(
+    tmp_path, meta_folder, blip2_folder, monkeypatch
+):
+    """Two shards, one with the language model alone; the Hub's client is replaced by one that copies from a folder."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    cache.mkdir()
+    shutil.copytree(blip2_folder, hub, ignore=shutil.ignore_patterns("*.safetensors"))
+    shards = {"model-1.safetensors": blip2_weights(seed=5), "model-2.safetensors": {"language_model.a": torch.ones(2)}}
+    for file, weights in shards.items():
+        save_file(weights, hub / file)
+    weight_map = {name: file for file, weights in shards.items() for name in weights}
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "someone/blip2"
+        for file in hub.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (_, fetched) = opened(meta_folder, vision_path="someone/blip2").folders
+    assert torch.equal(fetched.tensor("qformer.query_tokens"), blip2_weights(seed=5)["query_tokens"])
+    assert not (cache / "model-2.safetensors").exists()
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_line(meta_folder, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(UserError, match=r"^model\.vision_path=someone/blip2: .*from the Hub \(no network\)$"):
+        opened(meta_folder, vision_path="someone/blip2")
+
+
 def test_an_exported_model_may_lend_its_vision_part(tmp_path, model, meta_folder):
     from accessory.export import export_hf
 
