@@ -119,11 +119,14 @@ def _check_image_part(sources: Sources, recipe: RecipeConfig) -> None:
              for folder in sources.folders for name in folder.names if is_image_part(name)}  # fmt: skip
     where = ", ".join(str(folder.path) for folder in sources.folders)
     if "vision" not in kinds:
-        raise UserError(f"{where}: no vision model and Q-Former in them; name a BLIP-2 folder with model.vision_path")
+        raise UserError(
+            f"{where}: no vision model and Q-Former in them; name a BLIP-2 folder with model.vision_path, or put the "
+            "result of an alignment behind the base in --pretrained_path"
+        )
     if "projector" not in kinds and not recipe.projector:
         raise UserError(
             f"{where}: no projector in them, and one that starts from nothing has to train: recipe.projector=true "
-            "(recipe=projector trains it alone, the usual first stage)"
+            "(recipe=projector trains it alone, the usual first stage, whose result then follows the base here)"
         )
 
 

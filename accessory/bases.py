@@ -94,6 +94,11 @@ def open_folder(path: str | Path) -> Folder:
         return Folder(folder, "trainable", *_all_safetensors(folder, [TRAINABLE_FILE, FROZEN_FILE]), meta=_meta(folder))
     if (folder / CONFIG_FILE).is_file():
         return _open_huggingface(folder)
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"--pretrained_path {path}: a run that has not finished; start its command again, or name a folder in its "
+            "checkpoints"
+        )
     raise UserError(
         f"--pretrained_path {path}: no checkpoint in it (looked for config.json + *.safetensors, consolidated.*.pth, "
         f"{TRAINABLE_FILE}); it holds {_listing(folder)}"
@@ -141,6 +146,8 @@ def _huggingface_files(folder: Path) -> list[str]:
 
 
 def _open_huggingface(folder: Path) -> Folder:
+    if read_json(folder / CONFIG_FILE).get("model_type") == "blip-2":
+        raise UserError(f"--pretrained_path {folder}: is a BLIP-2 folder; name it with model.vision_path={folder}")
     read, first_row = _all_safetensors(folder, _huggingface_files(folder))
     read = {name: reader for name, reader in read.items() if not name.endswith("rotary_emb.inv_freq")}
     return Folder(folder, "hf", read, first_row, meta=_meta(folder))

@@ -65,7 +65,7 @@ def _write_image_part(model: QFormerLlama, folder: Path, dtype: torch.dtype) -> 
             if is_image_part(name):
                 tensors[name] = parameter
     ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(ready, folder / IMAGE_FILE, metadata={"format": "pt"})
+    _save(ready, folder / IMAGE_FILE)
     (folder / VISION_CONFIG_FILE).write_text(describe_vision(model.vision_config))
     meta = {"llama_type": LlamaType.llama_qformerv2_peft.value, "image_transform": model.image_transform.value}
     (folder / META_FILE).write_text(json.dumps({"format": 1} | meta, indent=2) + "\n")
@@ -120,8 +120,13 @@ def _export_tensors(model: Llama, config: LlamaConfig, dtype: torch.dtype):
             yield f"{name}.weight", ready(linear_weight(module, dtype))
 
 
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it private to its owner
+
+
 def _flush(pending: dict[str, Tensor], folder: Path, shards: list[list[str]]) -> None:
-    save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+    _save(pending, folder / f"shard-{len(shards)}.safetensors")
     shards.append(list(pending))
     pending.clear()
 
@@ -172,7 +177,7 @@ def export_peft(model: Llama, folder: Path) -> None:
     }
     with atomic_folder(folder) as partial:
         adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in state.items()}
-        save_file(adapter, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        _save(adapter, partial / "adapter_model.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2))
         if model.tokenizer is not None:
             model.tokenizer.save(partial)

@@ -307,6 +307,12 @@ def test_a_folder_without_a_checkpoint_is_an_error_that_lists_what_it_holds(tmp_
     assert str(tmp_path) in message and "notes.txt" in message and "consolidated.*.pth" in message
 
 
+def test_a_run_that_has_not_finished_is_told_from_a_folder_without_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"a run that has not finished; .* name a folder in its checkpoints"):
+        open_folder(tmp_path)
+
+
 def test_a_config_without_weights_is_an_error_that_lists_what_is_there(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()

@@ -525,6 +525,7 @@ def test_published_command_composes(script, tmp_path):
     stand_in.write_text(f"#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done > {tmp_path}/words\n")
     stand_in.chmod(0o755)
     (tmp_path / "params.json").write_text("{}")
+    (tmp_path / "my, images (1)").mkdir()
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out put")}
     takes_images = script.parent.name == "mm"
     named = ["my base", str(tmp_path / "params.json"), "tokenizer.model", *(["my, images (1)"] if takes_images else [])]

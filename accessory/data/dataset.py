@@ -191,9 +191,11 @@ def _check_images(
         if image in check.problems:
             if config.bad_images is BadImages.stop:
                 share = f"{len(check.problems):,} of {len(check.stamps):,}"
+                remedy = "mend them, or leave their items out with data.bad_images=skip"
+                if len(check.problems) == len(check.stamps):
+                    remedy = "is their folder right (root of the YAML's entry, or --image_root)?"
                 raise UserError(
-                    f"{where}: image {image}: {check.problems[image]}; {share} images cannot be used: mend them, or "
-                    "leave their items out with data.bad_images=skip"
+                    f"{where}: image {image}: {check.problems[image]}; {share} images cannot be used: {remedy}"
                 )
             stamps = {other: stamp_of(other) for other in candidates} | stamps  # where it may yet turn up
     return check, stamps

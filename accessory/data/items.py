@@ -75,6 +75,8 @@ def _image(item: dict[str, Any], is_caption: bool) -> str:
 def _caption(item: dict[str, Any], number: int) -> Any:
     """Of several captions one by the item's number, the same in each run."""
     captions = item.get("caption")
+    if captions is None:
+        raise ValueError(f"no 'caption' (preprocess: caption needs one); its keys are {', '.join(map(str, item))}")
     caption = captions[number % len(captions)] if isinstance(captions, list) and captions else captions
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"'caption' must be text or a list of texts, found {str(captions)[:60]!r}")
@@ -96,7 +98,11 @@ def _check_single_turn(item: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{key!r} must be text, found {type(value).__name__} {str(value)[:60]}")
     if not item.get("output"):
-        hint = "; it looks like a conversation: add --dialog" if "conversations" in item else ""
+        hint = ""
+        if "conversations" in item:
+            hint = "; it looks like a conversation: add --dialog, or preprocess: multi_turn_llava to its entry"
+        elif "caption" in item:
+            hint = "; it looks like a caption: add preprocess: caption to its entry"
         raise ValueError(f"no 'output' (an Alpaca item has instruction, input, output){hint}")
 
 

@@ -19,6 +19,10 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 pretrained=$1 llama_config=$2 tokenizer=$3
 kind=(--llama_type llama_peft --no_visual)
 if [[ $data == mm/* ]]; then
+    if [ ! -d "$4" ]; then
+        echo "error: $4: no such image folder; usage: $usage [more flags or overrides]" >&2
+        exit 2
+    fi
     kind=(--llama_type llama_qformerv2_peft --image_root "$4")
 fi
 shift $wanted

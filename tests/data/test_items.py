@@ -90,6 +90,19 @@ def test_single_turn_llava_wants_an_answer_right_after_a_question(open_items):
         open_items([{"conversations": turns}], entry={"preprocess": "single_turn_llava"})
 
 
+@pytest.mark.parametrize(
+    ("item", "entry", "told"),
+    [
+        ({"image": "x.png", "conversations": TURNS}, {}, "add --dialog, or preprocess: multi_turn_llava"),
+        ({"image": "x.png", "caption": "A wrapper."}, {}, "add preprocess: caption to its entry"),
+        ({"image": "x.png", "output": "a"}, {"preprocess": "caption"}, "no 'caption' .*; its keys are image, output"),
+    ],
+)
+def test_an_item_of_another_kind_is_told_what_its_entry_lacks(item, entry, told, open_items):
+    with pytest.raises(UserError, match=told):
+        open_items([item], entry=entry)
+
+
 def test_a_list_of_one_image_under_images_is_an_image(open_items):
     item = {"instruction": "Wrap the text", "output": "short lines"}
     assert open_items([item | {"images": ["x.png"]}]) == open_items([item | {"image": "x.png"}])
@@ -167,7 +180,7 @@ def test_unusable_image_field_is_refused_by_item(item, complaint, open_items):
     ("item", "complaint"),
     [
         ({"caption": "a text"}, "item 0: no 'image' or 'url'"),
-        ({"image": "x.png"}, "item 0: 'caption' must be text or a list of texts, found 'None'"),
+        ({"image": "x.png"}, "item 0: no 'caption'"),
         ({"image": "x.png", "caption": []}, r"item 0: 'caption' must be text or a list of texts, found '\[\]'"),
         ({"image": "x.png", "caption": [3]}, "item 0: 'caption' must be text or a list of texts"),
         ({"image": "x.png", "caption": ""}, "item 0: 'caption' must be text or a list of texts"),

@@ -245,6 +245,11 @@ def test_a_vision_path_beside_a_base_with_an_image_part_is_refused(qformer_folde
         opened(qformer_folder, vision_path=str(blip2_folder))
 
 
+def test_a_blip2_folder_among_the_pretrained_ones_is_told_where_it_belongs(meta_folder, blip2_folder):
+    with pytest.raises(UserError, match=f"is a BLIP-2 folder; name it with model.vision_path={blip2_folder}"):
+        accessory.load_model([str(meta_folder), str(blip2_folder)])
+
+
 def test_a_vision_path_for_a_language_model_is_refused(meta_folder, blip2_folder):
     with pytest.raises(UserError, match="with --llama_type llama_peft: leave one of them out"):
         opened(meta_folder, vision_path=str(blip2_folder), llama_type=LlamaType.llama_peft)
@@ -351,6 +356,7 @@ def test_an_exported_model_is_multimodal_here_and_a_plain_llama_for_transformers
     from accessory.export import export_hf
 
     export_hf(model, tmp_path / "out", torch.float32)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").glob("*.safetensors")} == {0o644}
     again = accessory.load_model(str(tmp_path / "out"))
     assert torch.equal(again(IDS, images=PIXELS), model(IDS, images=PIXELS))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
