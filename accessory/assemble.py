@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import Blip2Config, LlamaConfig
 
-from accessory.bases import Folder, attach, model_config, open_vision, vision_config
+from accessory.bases import Folder, attach, model_config, vision_config
+from accessory.blip2 import open_vision
 from accessory.checkpoint import check_pairing, load_weights, open_folders
 from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, RecipeConfig
 from accessory.data.images import deterministic

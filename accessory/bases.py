@@ -83,7 +83,7 @@ def open_folder(path: str | Path) -> Folder:
     """Recognise a folder by its files. Meta's and Accessory's tensors can be read after `attach`."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        near = f"; {folder.parent} holds {_listing(folder.parent)}" if folder.parent.is_dir() else ""
+        near = f"; {folder.parent} holds {listing(folder.parent)}" if folder.parent.is_dir() else ""
         raise UserError(f"--pretrained_path {path}: no such folder{near}")
     kinds = [kind for kind, pattern in pth.FILES.items() if any(pattern.fullmatch(f.name) for f in folder.iterdir())]
     if len(kinds) > 1:
@@ -91,7 +91,7 @@ def open_folder(path: str | Path) -> Folder:
     if kinds:
         return _open_sharded(folder, kinds[0])
     if (folder / TRAINABLE_FILE).is_file():
-        return Folder(folder, "trainable", *_all_safetensors(folder, [TRAINABLE_FILE, FROZEN_FILE]), meta=_meta(folder))
+        return Folder(folder, "trainable", *open_safetensors(folder, [TRAINABLE_FILE, FROZEN_FILE]), meta=_meta(folder))
     if (folder / CONFIG_FILE).is_file():
         return _open_huggingface(folder)
     if (folder / "checkpoints").is_dir():
@@ -101,7 +101,7 @@ def open_folder(path: str | Path) -> Folder:
         )
     raise UserError(
         f"--pretrained_path {path}: no checkpoint in it (looked for config.json + *.safetensors, consolidated.*.pth, "
-        f"{TRAINABLE_FILE}); it holds {_listing(folder)}"
+        f"{TRAINABLE_FILE}); it holds {listing(folder)}"
     )
 
 
@@ -119,7 +119,7 @@ def _safetensors(path: Path) -> tuple[Readers, Readers]:
         raise UserError(f"{path}: not a whole safetensors file ({first_line(error)})") from None
 
 
-def _all_safetensors(folder: Path, files: list[str]) -> tuple[Readers, Readers]:
+def open_safetensors(folder: Path, files: list[str]) -> tuple[Readers, Readers]:
     """Those of `files` that are there, together."""
     read: Readers = {}
     first_row: Readers = {}
@@ -131,12 +131,12 @@ def _all_safetensors(folder: Path, files: list[str]) -> tuple[Readers, Readers]:
     return read, first_row
 
 
-def _huggingface_files(folder: Path) -> list[str]:
+def safetensors_files(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         files = sorted(f.name for f in folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder}: config.json without *.safetensors; it holds {_listing(folder)}")
+            raise UserError(f"{folder}: config.json without *.safetensors; it holds {listing(folder)}")
         return files
     files = sorted(set(read_json(index).get("weight_map", {}).values()))
     missing = [name for name in files if not (folder / name).is_file()]
@@ -148,64 +148,13 @@ def _huggingface_files(folder: Path) -> list[str]:
 def _open_huggingface(folder: Path) -> Folder:
     if read_json(folder / CONFIG_FILE).get("model_type") == "blip-2":
         raise UserError(f"--pretrained_path {folder}: is a BLIP-2 folder; name it with model.vision_path={folder}")
-    read, first_row = _all_safetensors(folder, _huggingface_files(folder))
+    read, first_row = open_safetensors(folder, safetensors_files(folder))
     read = {name: reader for name, reader in read.items() if not name.endswith("rotary_emb.inv_freq")}
     return Folder(folder, "hf", read, first_row, meta=_meta(folder))
 
 
 def _meta(folder: Path) -> dict[str, Any]:
     return read_json(folder / META_FILE) if (folder / META_FILE).is_file() else {}
-
-
-def open_vision(path: str) -> Folder:
-    """The vision model, query tokens and Q-Former of a BLIP-2 folder, or of the Hub's repository of that name."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = _download(path)
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"model.vision_path={path}: no config.json in it; it holds {_listing(folder)}")
-    read, _ = _all_safetensors(folder, _vision_files(folder) or _huggingface_files(folder))
-    found = {name: reader for name, reader in read.items() if _is_vision(name)}
-    chosen = {name if _is_ours(name) else f"qformer.{name}": reader for name, reader in found.items()}
-    if not chosen:
-        raise UserError(f"model.vision_path={path}: holds no vision_model.* and qformer.*; is it a BLIP-2 folder?")
-    return Folder(folder, "blip2", chosen)
-
-
-def _is_vision(name: str) -> bool:
-    return name.startswith(("vision_model.", "qformer.", "query_tokens"))
-
-
-def _is_ours(name: str) -> bool:
-    """Named as in our exports and LLaMA2-Accessory's checkpoints, where BLIP-2 as a whole is called qformer."""
-    return name.startswith(("qformer.vision_model.", "qformer.qformer.", "qformer.query_tokens"))
-
-
-def _vision_files(folder: Path) -> list[str]:
-    """Of a sharded folder the files with the vision part; a language model's shards need not be there."""
-    index = folder / INDEX_FILE
-    names = read_json(index).get("weight_map", {}) if index.is_file() else {}
-    return sorted({file for name, file in names.items() if _is_vision(name)})
-
-
-def _download(name: str) -> Path:
-    """What is needed of a repository that the user named, from the Hub or its cache."""
-    owner, _, repository = name.partition("/")
-    if not repository or "/" in repository or owner in ("", ".", "..", "~") or Path(owner).is_dir():
-        raise UserError(f"model.vision_path={name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, INDEX_FILE]))
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, INDEX_FILE, *_needed(folder)]))
-    except Exception as error:  # the library's errors for no network, no such repository, no permission, …
-        raise UserError(
-            f"model.vision_path={name}: no such folder, and not to be had from the Hub ({first_line(error)})"
-        ) from None
-
-
-def _needed(folder: Path) -> list[str]:
-    return _vision_files(folder) or ["*.safetensors"]
 
 
 def _open_sharded(folder: Path, kind: str) -> Folder:
@@ -323,7 +272,7 @@ def identity(folder: Folder) -> str:
     return total.hexdigest()[:16]
 
 
-def _listing(folder: Path, limit: int = 8) -> str:
+def listing(folder: Path, limit: int = 8) -> str:
     names = sorted(f.name for f in folder.iterdir())
     if not names:
         return "nothing"

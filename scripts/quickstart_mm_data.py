@@ -32,7 +32,7 @@ TEXT_ITEMS = 600
 def build_digits(folder: Path, seed: int = 0) -> dict[str, Path]:
     """Write pictures, captions (for alignment) and questions into `folder`; returns the files by name.
 
-    captions, captions_val, questions and questions_val are data YAMLs; test is the file of `test_items`.
+    captions, captions_val, questions and questions_val are data YAMLs; test is the file of `held_out_items`.
     """
     folder, rng = Path(folder).absolute(), random.Random(seed)
     digits = write_pictures(folder / "images", rng)
@@ -41,7 +41,7 @@ def build_digits(folder: Path, seed: int = 0) -> dict[str, Path]:
         "captions_val": captions(digits["val"]),
         "questions": image_items(digits["train"], rng) + text_items(rng),
         "questions_val": image_items(digits["val"], rng),
-        "test": test_items(digits["test"], rng),
+        "test": held_out_items(digits["test"], rng),
     }
     files = {}
     for name, items in content.items():
@@ -105,7 +105,7 @@ def image_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]
     return items
 
 
-def test_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]:
+def held_out_items(digits: list[tuple[str, int]], rng: random.Random) -> list[Item]:
     """A picture, the digit's word, and one question with the yes or no that answers it."""
     items = []
     for name, digit in digits:
