@@ -82,10 +82,9 @@ def check_pairing(folders: list[Folder], takes_images: bool) -> dict[str, Option
 def _check_base(folder: Folder, base: Folder, found: dict[str, Optional[str]]) -> None:
     trained_on = folder.meta.get("base", {})
     for key, now in found.items():
-        if key not in trained_on:  # of a run on the language model alone, or of another program
-            continue
-        before = trained_on[key]
-        if before != now:
+        before = trained_on.get(key)
+        says_nothing = not trained_on or (key == "image_part" and key not in trained_on)  # trained without images
+        if before != now and not says_nothing:
             raise UserError(
                 f"{folder.path} was trained on {trained_on.get('path')} ({key} {before}), not on {base.path} "
                 f"({key} {now}); give that base"
@@ -210,19 +209,15 @@ def _why_unfit(name: str) -> str:
     return " (another architecture or size?)"
 
 
-def _read(name: str, folders: list[Folder], shape: tuple[int, ...]) -> Tensor:
+def _read(name: str, folders: list[Folder], shape: Optional[tuple[int, ...]] = None) -> Tensor:
+    """The tensor of one folder, or the sum of a base's and its diffs', in fp32. shape: what the model wants."""
+    tensors = []
     for folder in folders:
-        found = tuple(folder.tensor(name).shape)
-        if found != shape:
-            raise UserError(
-                f"{folder.path}: {name} has shape {list(found)}, the model wants {list(shape)}: another model's?"
-            )
-    return _sum(name, folders)
-
-
-def _sum(name: str, folders: list[Folder]) -> Tensor:
-    """The tensor of one folder, or the sum of a base's and its diffs', in fp32."""
-    tensors = [folder.tensor(name) for folder in folders]
+        tensor = folder.tensor(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            found = list(tensor.shape)
+            raise UserError(f"{folder.path}: {name} has shape {found}, the model wants {list(shape)}: another model's?")
+        tensors.append(tensor)
     return tensors[0] if len(tensors) == 1 else torch.stack([t.float() for t in tensors]).sum(0)
 
 
@@ -256,7 +251,7 @@ def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional
         link(earlier.path / FROZEN_FILE, file)
         return earlier.meta["frozen_sha256"]
     with atomic_file(file) as partial:
-        tensors = {name: _sum(name, parts).contiguous() for name, parts in kept.items()}
+        tensors = {name: _read(name, parts).contiguous() for name, parts in kept.items()}
         save_file(tensors, partial, metadata={"format": "pt"})
         os.chmod(partial, 0o644)
     return sha256(file)

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor
 import accessory
 from accessory import checkpoint
 from accessory.assemble import assemble
+from accessory.bases import Folder
 from accessory.checkpoint import open_folders, save_trainable
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
@@ -239,6 +241,24 @@ def test_trainables_without_a_base_are_refused_with_the_base_they_name(meta_fold
     folder = saved(trained(meta_folder), tmp_path / "run")
     message = refused(accessory.load_model, [folder])
     assert message.endswith(f"--pretrained_path {meta_folder} {folder}")
+
+
+def test_trainables_that_name_a_base_without_its_fingerprint_are_refused(meta_folder, tmp_path):
+    folder = saved(trained(meta_folder), tmp_path / "run")
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["base"]["fingerprint"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"was trained on .*\(fingerprint None\)"):
+        accessory.load_model([meta_folder, folder])
+
+
+def test_loading_reads_each_weight_once(meta_folder, monkeypatch):
+    """Besides the norms, which tell bases apart."""
+    read = Counter()
+    tensor = Folder.tensor
+    monkeypatch.setattr(Folder, "tensor", lambda self, name: read.update([name]) or tensor(self, name))
+    accessory.load_model(meta_folder)
+    assert {count for name, count in read.items() if "norm" not in name} == {1}
 
 
 def test_an_empty_list_of_folders_is_refused():
