@@ -34,8 +34,9 @@ def load_model(
     """A base, or a base and trainables, as a model in eval mode.
 
     pretrained_path: folders, base first; later ones win. llama_type, llama_config, tokenizer_path: unset, they come
-    from the last folder that has them. quantization: "none", "nf4" or a QuantizationConfig. dtype: compute type,
-    torch.float32 unless given. Trainables found in the folders have requires_grad set.
+    from the last folder that has them. quantization: "none", "nf4", "int8", "rtn" or a QuantizationConfig; a base that
+    is quantized on the disk (int4 folders) stays as it is under "none" and "nf4". dtype: compute type, torch.float32
+    unless given. Trainables found in the folders have requires_grad set.
 
         model(input_ids, images=None)    -> logits, float32 [batch, sequence, vocab]
         model.generate(["prompt", …])    -> ["answer", …]; a multimodal model takes images=["file", None, …] too

@@ -13,8 +13,8 @@ from transformers import Blip2Config, LlamaConfig
 
 from accessory.bases import Folder, attach, model_config, vision_config
 from accessory.blip2 import open_vision
-from accessory.checkpoint import check_pairing, load_weights, open_folders
-from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, RecipeConfig
+from accessory.checkpoint import check_pairing, layered, load_weights, open_folders
+from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.images import deterministic
 from accessory.errors import UserError, first_line
 from accessory.models import build_model
@@ -22,10 +22,12 @@ from accessory.models.llama import Llama
 from accessory.models.qformer import VisionQFormer
 from accessory.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
 from accessory.quantization import quantize
-from accessory.shards import is_image_part
+from accessory.quantization.int4 import Int4
+from accessory.shards import OUTPUT, is_image_part
 from accessory.tuning.recipe import add_trainables, mark_trainable, recipe_of, weight_kind
 
 log = logging.getLogger(__name__)
+CALIBRATED = (QuantMethod.autoround, QuantMethod.awq, QuantMethod.gptq)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,20 @@ def assemble(
     if recipe is None:
         quantization = _as_trained(quantization, sources.folders)
         applied = _for_answers(recipe_of(sources.folders))
+    quantization = as_stored(quantization, sources.folders)
     model = build_model(sources.architecture, sources.vision)
-    quantize(model, quantization, dtype, projector_trains=applied is not None and applied.projector)
+    quantize(
+        model,
+        quantization,
+        dtype,
+        projector_trains=applied is not None and applied.projector,
+        stored=stored_backends(sources.folders),
+    )
     add_trainables(model, applied)
     mark_trainable(model, applied)
     load_weights(model, sources.folders, device, dtype, fresh_trainables=recipe is not None)
 
-    model.tokenizer, model.base = sources.tokenizer, sources.base
+    model.tokenizer, model.base, model.quantization = sources.tokenizer, sources.base, quantization
     model.image_transform = sources.image_transform
     _warn_of_other_quantization(sources.folders, quantization)
     return model
@@ -215,6 +224,44 @@ def _as_trained(quantization: QuantizationConfig, folders: list[Folder]) -> Quan
     before = next((found for folder in reversed(folders) if (found := trained_on(folder)) is not None), None)
     is_bare = quantization == QuantizationConfig(method=quantization.method)
     return before if before is not None and is_bare and before.method == quantization.method else quantization
+
+
+def as_stored(quantization: QuantizationConfig, folders: list[Folder]) -> QuantizationConfig:
+    """What becomes of a setting on these folders: a base in whole numbers keeps them, under none and nf4 too."""
+    base, packed = folders[0].path, folders[0].packed
+    method = quantization.method
+    if not packed:
+        if method is QuantMethod.int4:
+            raise UserError(
+                f"quantization=int4: {base} holds no weights in whole numbers; scripts/quantize.py makes a folder that "
+                "does, and quantization=nf4 (--quant), rtn or int8 quantize while loading"
+            )
+        if method in CALIBRATED:
+            raise UserError(
+                f"quantization={method.value}: needs calibration, which training does before it starts; here name the "
+                "folder that it trained on (meta.json says it), or one of scripts/quantize.py"
+            )
+        return quantization
+    if method in (QuantMethod.rtn, QuantMethod.int8, *CALIBRATED):
+        scheme = next(iter(packed.values())).scheme
+        raise UserError(f"quantization={method.value}: {base} is quantized already ({scheme}); leave it out")
+    has_vision = any(map(is_image_part, packed))
+    for wanted, holds, key in (
+        (quantization.lm_head, OUTPUT in packed, "lm_head"),
+        (quantization.vision, has_vision, "vision"),
+    ):
+        if wanted and not holds:
+            raise UserError(
+                f"quantization.{key}=true: {base} holds it in 16 bit and is quantized already; leave it out, or make "
+                "that folder anew (scripts/quantize.py)"
+            )
+    return QuantizationConfig(method=QuantMethod.int4, lm_head=OUTPUT in packed, vision=has_vision)
+
+
+def stored_backends(folders: list[Folder]) -> dict[str, Int4]:
+    """How each weight is held that is packed in the base, and that no later folder replaces."""
+    last = {name: parts[-1] for name, parts in layered(folders).items()}
+    return {name: backend for name, backend in folders[0].packed.items() if last[name] is folders[0]}
 
 
 def _for_answers(recipe: Optional[RecipeConfig]) -> Optional[RecipeConfig]:

@@ -3,7 +3,7 @@
 A `Folder` lists its tensors by canonical name (Hugging Face's, `model.layers.0.self_attn.q_proj.weight`, plus
 `….lora_A.weight` / `….lora_B.weight`, and LLaMA2-Accessory's for the image part, `qformer.…`, `qformer_proj.…`) without
 reading them, and gives one tensor at a time: files are memory-mapped, so loading needs no more host memory than the
-tensor in hand.
+tensor in hand. The weight of a linear that is stored in whole numbers (int4 folders) is given as `Packed`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +22,9 @@ from accessory import shards as pth
 from accessory.config import find_file
 from accessory.errors import UserError, first_line
 from accessory.models import check_params, config_from_hf, config_from_params, read_json, vision_config_from
+from accessory.quantization.int4 import Int4
+from accessory.quantization.packed import Packed
+from accessory.quantization.stored import merge_packed
 from accessory.shards import EMBEDDING, OUTPUT, Readers, is_image_part
 
 TRAINABLE_FILE, META_FILE, CONFIG_FILE = "trainable.safetensors", "meta.json", "config.json"
@@ -42,12 +45,13 @@ _SIZES = {  # params.json's names and config.json's
 @dataclass
 class Folder:
     """One checkpoint folder. kind: hf, meta, accessory, accessory_diff (values to add), trainable (ours) or blip2 (a
-    vision model and Q-Former)."""
+    vision model and Q-Former). packed: how each weight that is stored in whole numbers is held, by name."""
 
     path: Path
     kind: str
     _read: Readers = field(repr=False)
-    _first_row: Readers = field(default_factory=dict, repr=False)
+    _slices: Readers = field(default_factory=dict, repr=False)
+    packed: dict[str, Int4] = field(default_factory=dict, repr=False)
     params: dict[str, Any] = field(default_factory=dict, repr=False)
     meta: dict[str, Any] = field(default_factory=dict, repr=False)
     shards: pth.Shards = field(default_factory=list, repr=False)
@@ -64,7 +68,7 @@ class Folder:
     def has_images(self) -> bool:
         return any(map(is_image_part, self._read))
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Union[Tensor, Packed]:
         try:
             return self._read[name]()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -72,11 +76,12 @@ class Folder:
 
     def first_row(self, name: str) -> Tensor:
         """The first row of a matrix, without reading the rest: [1, in_features]."""
-        return self._first_row[name]()
+        return self._slices[name]()[:1]
 
     def only(self, wanted: Callable[[str], bool]) -> "Folder":
         """The same folder without the tensors whose names are not wanted."""
-        return replace(self, _read={name: read for name, read in self._read.items() if wanted(name)})
+        packed = {name: backend for name, backend in self.packed.items() if wanted(name)}
+        return replace(self, _read={name: read for name, read in self._read.items() if wanted(name)}, packed=packed)
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -109,12 +114,12 @@ def open_folder(path: str | Path) -> Folder:
 
 
 def _safetensors(path: Path) -> tuple[Readers, Readers]:
-    """Per name: how to read the tensor, and how to read its first row."""
+    """Per name: how to read the tensor, and how to get what reads a slice of it."""
     try:
         handle = safe_open(path, framework="pt")
         names = list(handle.keys())
         whole = {name: (lambda name=name: handle.get_tensor(name)) for name in names}
-        return whole, {name: (lambda name=name: handle.get_slice(name)[:1]) for name in names}
+        return whole, {name: (lambda name=name: handle.get_slice(name)) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({first_line(error)})") from None
 
@@ -122,13 +127,13 @@ def _safetensors(path: Path) -> tuple[Readers, Readers]:
 def open_safetensors(folder: Path, files: list[str]) -> tuple[Readers, Readers]:
     """Those of `files` that are there, together."""
     read: Readers = {}
-    first_row: Readers = {}
+    slices: Readers = {}
     for name in files:
         if (folder / name).is_file():
             readers = _safetensors(folder / name)
             read |= readers[0]
-            first_row |= readers[1]
-    return read, first_row
+            slices |= readers[1]
+    return read, slices
 
 
 def safetensors_files(folder: Path) -> list[str]:
@@ -146,11 +151,15 @@ def safetensors_files(folder: Path) -> list[str]:
 
 
 def _open_huggingface(folder: Path) -> Folder:
-    if read_json(folder / CONFIG_FILE).get("model_type") == "blip-2":
+    config = read_json(folder / CONFIG_FILE)
+    if config.get("model_type") == "blip-2":
         raise UserError(f"--pretrained_path {folder}: is a BLIP-2 folder; name it with model.vision_path={folder}")
-    read, first_row = open_safetensors(folder, safetensors_files(folder))
+    read, slices = open_safetensors(folder, safetensors_files(folder))
     read = {name: reader for name, reader in read.items() if not name.endswith("rotary_emb.inv_freq")}
-    return Folder(folder, "hf", read, first_row, meta=_meta(folder))
+    packed: dict[str, Int4] = {}
+    if config.get("quantization_config") is not None or any(name.endswith(".qweight") for name in read):
+        read, slices, packed = merge_packed(folder, config, read, slices)
+    return Folder(folder, "hf", read, slices, packed, meta=_meta(folder))
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -163,8 +172,8 @@ def _open_sharded(folder: Path, kind: str) -> Folder:
     shards = pth.read_shards(folder, kind)
     names = {pth.canonical(source, folder): source for source in shards[0]}
     read: Readers = dict.fromkeys(names, _unattached)
-    first_row = {name: (lambda source=source: shards[0][source][:1]) for name, source in names.items()}
-    return Folder(folder, kind, read, first_row, params=params, meta=_meta(folder), shards=shards)
+    slices = {name: (lambda source=source: shards[0][source]) for name, source in names.items()}
+    return Folder(folder, kind, read, slices, params=params, meta=_meta(folder), shards=shards)
 
 
 def attach(opened: Folder, config: LlamaConfig) -> None:
@@ -233,12 +242,13 @@ def fingerprint(base: Folder) -> str:
     """Digest of a base's identity, the same for one model in Meta's, Accessory's and Hugging Face's format.
 
     Names, all norms, and the first row of each block's value projection (no rotary order, whole in the first shard), as
-    fp32: 16 hex digits. It tells models apart without reading them; it is no checksum. The image part has its own.
+    fp32: 16 hex digits; and which weights are packed. It tells models apart without reading them; it is no checksum.
+    The image part has its own.
     """
     digest = hashlib.sha256()
     language = (n for n in base.names if not is_image_part(n))
     for name in sorted(n for n in language if n.endswith("weight") and "lora" not in n and n != OUTPUT):
-        digest.update(name.encode())
+        digest.update(_marked(base, name).encode())
         if "norm" in name:
             digest.update(base.tensor(name).float().numpy().tobytes())
         elif name.endswith("v_proj.weight"):
@@ -246,12 +256,16 @@ def fingerprint(base: Folder) -> str:
     return digest.hexdigest()[:16]
 
 
+def _marked(folder: Folder, name: str) -> str:
+    return f"{name} packed" if name in folder.packed else name
+
+
 def image_fingerprint(folder: Folder) -> Optional[str]:
     """The same of a folder's image part, from names, norms, biases, tags and query tokens; None where it has none."""
     names = sorted(filter(is_image_part, folder.names))
     if not names:
         return None
-    digest = hashlib.sha256("\n".join(names).encode())
+    digest = hashlib.sha256("\n".join(_marked(folder, name) for name in names).encode())
     for name in names:
         if "norm" in name.lower() or name.endswith((".bias", "_img", ".query_tokens")):
             digest.update(folder.tensor(name).float().numpy().tobytes())

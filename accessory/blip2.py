@@ -18,6 +18,11 @@ def open_vision(path: str) -> Folder:
         raise UserError(f"model.vision_path={path}: no config.json in it; it holds {listing(folder)}")
     read, _ = open_safetensors(folder, _vision_files(folder) or safetensors_files(folder))
     found = {name: reader for name, reader in read.items() if _is_vision(name)}
+    if any(name.endswith(".qweight") for name in found):
+        raise UserError(
+            f"model.vision_path={path}: its vision part is quantized; such a folder can only be the base itself "
+            "(--pretrained_path), or name one in 16 bit"
+        )
     chosen = {name if _is_ours(name) else f"qformer.{name}": reader for name, reader in found.items()}
     if not chosen:
         raise UserError(f"model.vision_path={path}: holds no vision_model.* and qformer.*; is it a BLIP-2 folder?")

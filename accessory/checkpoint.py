@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,6 +35,7 @@ from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
 from accessory.models.tokenizer import Tokenizer
 from accessory.quantization import QuantLinear
+from accessory.quantization.packed import Packed
 from accessory.shards import OUTPUT, is_image_part
 from accessory.tuning.recipe import canonical_name, trainable_state, weight_kind
 
@@ -58,6 +59,8 @@ def open_folders(paths: list[str]) -> list[Folder]:
             f"--pretrained_path: {folders[0].path} holds trainables only, it cannot come first; give the base first: "
             f"--pretrained_path {later or hint} {folders[0].path}"
         )
+    if (later := next((folder.path for folder in folders[1:] if folder.packed), None)) is not None:
+        raise UserError(f"--pretrained_path: {later} is a base in whole numbers; it can only come first")
     return folders
 
 
@@ -111,7 +114,7 @@ def load_weights(
     ordered = sorted((name for name in places if name in sources), key=lambda name: not is_image_part(name))
     for name in tqdm(ordered, desc="loading", unit="tensor", disable=not sys.stderr.isatty(), leave=False):
         shape, store, _ = places[name]
-        store(_read(name, sources[name], shape))
+        store(read_tensor(name, sources[name], shape))
     if fresh_projector:
         model.initialize_projector()
     for module in model.modules():  # fresh biases and LoRA, and the rotary frequencies, were made on the CPU
@@ -143,7 +146,7 @@ def _refuse_missing(missing: list[str], sources: dict[str, list[Folder]], folder
     raise UserError(f"{where}: {len(missing)} weights are missing, the first is {missing[0]}{hint}")
 
 
-Place = tuple[tuple[int, ...], Callable[[Tensor], None], bool]
+Place = tuple[tuple[int, ...], Callable[[Union[Tensor, Packed]], None], bool]
 
 
 def weight_places(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Place]]:
@@ -156,7 +159,8 @@ def weight_places(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
         trains = getattr(module, leaf).requires_grad
         as_dtype = torch.float32 if trains else as_dtype
 
-        def store(tensor: Tensor) -> None:
+        def store(tensor: Union[Tensor, Packed]) -> None:
+            tensor = tensor.dequantize(as_dtype) if isinstance(tensor, Packed) else tensor
             value = tensor.to(device=device, dtype=as_dtype, copy=True)
             setattr(module, leaf, nn.Parameter(value, requires_grad=trains))
 
@@ -168,7 +172,10 @@ def weight_places(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
         if isinstance(module, QuantLinear):
             # Quantized on the device that will use it, from the values as stored, so the result does not depend on
             # the compute type.
-            yield f"{prefix}.weight", (module.shape, lambda t, m=module: m.load_weight(t.to(device)), False)
+            def load(weight: Union[Tensor, Packed], layer: QuantLinear = module) -> None:
+                (layer.load_packed if isinstance(weight, Packed) else layer.load_weight)(weight.to(device))
+
+            yield f"{prefix}.weight", (module.shape, load, False)
             if module.bias is not None:
                 store = lambda t, m=module: m.load_bias(t.to(device))
                 yield f"{prefix}.bias", ((module.out_features,), store, not module.bias.is_meta)
@@ -209,7 +216,7 @@ def _why_unfit(name: str) -> str:
     return " (another architecture or size?)"
 
 
-def _read(name: str, folders: list[Folder], shape: Optional[tuple[int, ...]] = None) -> Tensor:
+def read_tensor(name: str, folders: list[Folder], shape: Optional[tuple[int, ...]] = None) -> Union[Tensor, Packed]:
     """The tensor of one folder, or the sum of a base's and its diffs', in fp32. shape: what the model wants."""
     tensors = []
     for folder in folders:
@@ -217,6 +224,11 @@ def _read(name: str, folders: list[Folder], shape: Optional[tuple[int, ...]] = N
         if shape is not None and tuple(tensor.shape) != shape:
             found = list(tensor.shape)
             raise UserError(f"{folder.path}: {name} has shape {found}, the model wants {list(shape)}: another model's?")
+        if isinstance(tensor, Packed) and len(folders) > 1:
+            raise UserError(
+                f"{folders[-1].path}: {name} would be added to a weight that {folder.path} holds in whole numbers; "
+                "give the 16-bit base of both"
+            )
         tensors.append(tensor)
     return tensors[0] if len(tensors) == 1 else torch.stack([t.float() for t in tensors]).sum(0)
 
@@ -251,7 +263,7 @@ def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional
         link(earlier.path / FROZEN_FILE, file)
         return earlier.meta["frozen_sha256"]
     with atomic_file(file) as partial:
-        tensors = {name: _read(name, parts).contiguous() for name, parts in kept.items()}
+        tensors = {name: read_tensor(name, parts).contiguous() for name, parts in kept.items()}
         save_file(tensors, partial, metadata={"format": "pt"})
         os.chmod(partial, 0o644)
     return sha256(file)

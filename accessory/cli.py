@@ -156,7 +156,7 @@ def adopt_lora_settings(overrides: list[str]) -> list[str]:
     """LLaMA2-Accessory chose the recipe in llama_config's JSON (lora_rank, bias_tuning, norm_tuning); choose it so
     here, unless one is named on the command line. In front, so that the words of the command line win."""
     configs = [word for word in overrides if word.startswith("model.llama_config=[")]
-    files = _parsed(configs[-1]).value() if configs else []
+    files = parse_override(configs[-1]).value() if configs else []
     is_chosen = any(word.lstrip("+~").startswith("recipe=") for word in overrides)
     if is_chosen or not isinstance(files, list) or not files:
         return overrides
@@ -187,7 +187,7 @@ def check_composition(config_name: str, schema: type, argv: list[str]) -> None:
         raise UserError(_explain(error, schema)) from None
 
 
-def _parsed(word: str) -> Override:
+def parse_override(word: str) -> Override:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -196,7 +196,7 @@ def _parsed(word: str) -> Override:
 
 def _first_choice(word: str) -> str:
     """An override as it is; of a sweep the first value."""
-    override = _parsed(word)
+    override = parse_override(word)
     if override.value() is None and (options := _options(override.key_or_group)):
         raise UserError(f"{word}: a group needs an option; known: {', '.join(options)}")
     if not override.is_sweep_override():

@@ -47,6 +47,12 @@ class Precision(str, Enum):
 class QuantMethod(str, Enum):
     none = "none"
     nf4 = "nf4"
+    int4 = "int4"
+    int8 = "int8"
+    rtn = "rtn"
+    autoround = "autoround"
+    awq = "awq"
+    gptq = "gptq"
 
 
 class DataParallel(str, Enum):
@@ -102,11 +108,31 @@ class ModelConfig:
 @dataclass
 class QuantizationConfig:
     method: QuantMethod = QuantMethod.none
-    """none: frozen linears stay in 16 bit; nf4: 4-bit NormalFloat through bitsandbytes."""
+    """none: frozen linears stay as the base has them; nf4: 4-bit NormalFloat through bitsandbytes; rtn: 4 bits rounded
+    to nearest, asymmetric; int8: 8 bits rounded to nearest, symmetric, a scale a row; autoround, awq, gptq: calibrated
+    int4, made before training and kept in cache_dir; int4: what a base has that was quantized before
+    (scripts/quantize.py), and keeps under none and nf4 too."""
     blocksize: int = 64
-    """Weights that share one scale (NF4)."""
+    """Weights that share one scale (nf4)."""
     double_quant: bool = True
-    """Quantize the scales too (QLoRA, arXiv:2305.14314, section 3): 4.127 instead of 4.5 bits a weight."""
+    """Quantize the scales too (nf4; QLoRA, arXiv:2305.14314, section 3): 4.127 instead of 4.5 bits a weight."""
+    group_size: Optional[int] = None
+    """Weights of a row that share one scale (rtn, autoround, awq, gptq); -1: the whole row. Unset: 128 for autoround,
+    64 for the others."""
+    bits: int = 4
+    """Bits of a weight (autoround, awq, gptq): 2, 3, 4 or 8."""
+    sym: Optional[bool] = None
+    """Symmetric, without zero points (autoround, awq, gptq). Unset: yes for autoround, no for the others."""
+    dataset: Optional[str] = None
+    """Calibration data of autoround, awq and gptq, as in scripts/quantize.py. Unset: the run's training data."""
+    nsamples: Optional[int] = None
+    """Calibration rows. Unset: 128."""
+    seqlen: Optional[int] = None
+    """Tokens in a calibration row. Unset: data.max_words."""
+    iters: Optional[int] = None
+    """Tuning iterations a block (autoround). Unset: 200."""
+    cache_dir: Optional[str] = None
+    """Where calibrated bases are kept; unset: ~/.cache/accessory/quantized."""
     lm_head: bool = False
     """Quantize the output layer as well, as LLaMA2-Accessory did; costs quality, saves little."""
     vision: bool = False
@@ -272,7 +298,7 @@ class Config:
             (
                 quantized and not self.only_save_trainable,
                 f"quantization={self.quantization.method.value} (--quant) needs --only_save_trainable: "
-                "a 4-bit base cannot take the update without losing it",
+                "a quantized base cannot take the update without losing it",
             ),
             (
                 not (recipe.norm or recipe.bias or recipe.lora or recipe.projector or recipe.vision),
@@ -280,7 +306,8 @@ class Config:
             ),
             (
                 recipe.vision and self.quantization.vision,
-                "recipe.vision=true with quantization.vision=true: a quantized vision model cannot train; choose one",
+                "recipe.vision=true with quantization.vision=true (or a base whose vision model is quantized): "
+                "a quantized vision model cannot train; choose one",
             ),
             (
                 recipe.lora and not recipe.targets,

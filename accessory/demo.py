@@ -179,7 +179,7 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
             toast(str(error), values[-1])
 
     with gr.Blocks(title="Single turn", delete_cache=(3600, KEPT_SECONDS)) as page:
-        gr.Markdown(heading("Single turn", args))
+        gr.Markdown(heading("Single turn", args, model))
         with gr.Row():
             with gr.Column():
                 image = image_box(model, "Image (optional)")
@@ -197,8 +197,10 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
     launch(page, args)
 
 
-def heading(title: str, args: argparse.Namespace) -> str:
-    return f"## {title}\n`{' + '.join(args.pretrained_path)}`{' in NF4' if args.quant else ''}"
+def heading(title: str, args: argparse.Namespace, model: Llama) -> str:
+    method = model.quantization.method
+    stored = "" if method is QuantMethod.none else f" in {method.value.upper()}"
+    return f"## {title}\n`{' + '.join(args.pretrained_path)}`{stored}"
 
 
 def image_box(model: Llama, label: str) -> Any:

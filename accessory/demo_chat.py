@@ -124,7 +124,7 @@ def serve_chat(model: Llama, args: argparse.Namespace) -> None:
         return show(kept, message if message.strip() else question)
 
     with gr.Blocks(title="Chat", delete_cache=(3600, KEPT_SECONDS)) as page:
-        gr.Markdown(heading("Chat", args))
+        gr.Markdown(heading("Chat", args, model))
         history = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -19,6 +18,7 @@ from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FI
 from accessory.config import LlamaType
 from accessory.errors import UserError
 from accessory.files import atomic_folder
+from accessory.hf_files import ShardWriter, save_tensors
 from accessory.models import describe_vision
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
@@ -26,7 +26,6 @@ from accessory.quantization import QuantLinear, block_linears, linear_weight
 from accessory.shards import is_image_part
 from accessory.tuning.recipe import canonical_name, trainable_state
 
-SHARD_BYTES = 4 * 2**30
 ADAPTER_PREFIX = "base_model.model."
 
 
@@ -39,14 +38,10 @@ def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     """
     config = _export_config(model, dtype)
     with atomic_folder(folder) as partial:
-        shards: list[list[str]] = []
-        pending: dict[str, Tensor] = {}
+        writer = ShardWriter(partial)
         for name, tensor in _export_tensors(model, config, dtype):
-            if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > SHARD_BYTES:
-                _flush(pending, partial, shards)
-            pending[name] = tensor
-        _flush(pending, partial, shards)
-        _name_shards(partial, shards)
+            writer.add(name, tensor)
+        writer.close()
         config.save_pretrained(partial)
         if isinstance(model, QFormerLlama):
             _write_image_part(model, partial, dtype)
@@ -65,7 +60,7 @@ def _write_image_part(model: QFormerLlama, folder: Path, dtype: torch.dtype) -> 
             if is_image_part(name):
                 tensors[name] = parameter
     ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    _save(ready, folder / IMAGE_FILE)
+    save_tensors(ready, folder / IMAGE_FILE)
     (folder / VISION_CONFIG_FILE).write_text(describe_vision(model.vision_config))
     meta = {"llama_type": LlamaType.llama_qformerv2_peft.value, "image_transform": model.image_transform.value}
     (folder / META_FILE).write_text(json.dumps({"format": 1} | meta, indent=2) + "\n")
@@ -120,31 +115,6 @@ def _export_tensors(model: Llama, config: LlamaConfig, dtype: torch.dtype):
             yield f"{name}.weight", ready(linear_weight(module, dtype))
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes it private to its owner
-
-
-def _flush(pending: dict[str, Tensor], folder: Path, shards: list[list[str]]) -> None:
-    _save(pending, folder / f"shard-{len(shards)}.safetensors")
-    shards.append(list(pending))
-    pending.clear()
-
-
-def _name_shards(folder: Path, shards: list[list[str]]) -> None:
-    if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
 def export_peft(model: Llama, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors: PeftModel.from_pretrained loads them on the base.
 
@@ -177,7 +147,7 @@ def export_peft(model: Llama, folder: Path) -> None:
     }
     with atomic_folder(folder) as partial:
         adapter = {ADAPTER_PREFIX + name: tensor for name, tensor in state.items()}
-        _save(adapter, partial / "adapter_model.safetensors")
+        save_tensors(adapter, partial / "adapter_model.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2))
         if model.tokenizer is not None:
             model.tokenizer.save(partial)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from accessory.assemble import Sources, assemble, check_recipe, open_sources
+from accessory.assemble import Sources, as_stored, assemble, check_recipe, open_sources
 from accessory.bases import FROZEN_FILE, META_FILE, identity
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
 from accessory.checkpoint import save_frozen, save_trainable
@@ -30,6 +30,7 @@ from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
+from accessory.quantization.job.cached import calibrate_base
 from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, find_checkpoint, refuse_finished
 from accessory.strategies import DTYPES, Float16, World, find_world, make_strategy
 from accessory.summary import describe_run
@@ -45,7 +46,9 @@ def finetune(config: Config) -> Path:
     world = find_world()
     output_dir = Path(config.output_dir).expanduser()
     refuse_finished(output_dir)
+    config = calibrate_base(config)
     sources = open_sources(config.model)
+    config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)

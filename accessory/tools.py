@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from enum import Enum
@@ -58,12 +59,37 @@ class EvaluateConfig:
     """Use only so many tokens of the text (-1: all)."""
     batch_size: int = 4
     """Windows or items at a time."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, with commas between them; needs pip install 'accessory[eval]'."""
+    include_path: Optional[str] = None
+    """Folder with YAMLs of more tasks, for data of one's own or a machine without network."""
+    num_fewshot: Optional[int] = None
+    """Examples in front of each question of a task; unset: as the task says."""
+    limit: Optional[float] = None
+    """Only so many items of each task; below 1: that share of them."""
+    side_by_side: bool = False
+    """Measure the 16-bit base, the quantized weights held in 16 bit, and the packed ones, one after the other."""
+    reference: Optional[str] = None
+    """16-bit base of a quantized folder, for side_by_side; unset: as its quantization.json says."""
     output: Optional[str] = None
     """JSON file for the figures."""
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.data_config is None):
-            raise UserError("give one of --text FILE (plain text) or --data_config YAML (instruction data)")
+        self.tasks = [name.strip() for names in self.tasks for name in names.split(",") if name.strip()]
+        data = (self.text, self.data_config)
+        if None not in data or (data == (None, None) and (not self.tasks or self.side_by_side)):
+            tasks = "" if self.side_by_side else ", or --tasks NAMES (lm-evaluation-harness)"
+            raise UserError(f"give one of --text FILE (plain text) or --data_config YAML (instruction data){tasks}")
+        if self.side_by_side and self.tasks:
+            raise UserError("--side_by_side compares perplexities; run --tasks without it")
+        if not self.tasks and (self.include_path, self.num_fewshot, self.limit) != (None, None, None):
+            raise UserError("--include_path, --num_fewshot and --limit are for --tasks; name some")
+        if self.reference is not None and not self.side_by_side:
+            raise UserError(f"--reference {self.reference}: is for --side_by_side; add it")
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit.is_integer())):
+            raise UserError(f"--limit {self.limit}: must be a whole number of items, or a share between 0 and 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"--num_fewshot {self.num_fewshot}: must not be negative")
         if self.seqlen < 2 or self.batch_size < 1:
             raise UserError(f"seqlen={self.seqlen}, batch_size={self.batch_size}: must be at least 2 and 1")
 
@@ -94,6 +120,12 @@ EVALUATE_FLAGS = [
     Flag("seqlen", "seqlen"),
     Flag("max_tokens", "max_tokens"),
     Flag("batch_size", "batch_size"),
+    Flag("tasks", "tasks", "list"),
+    Flag("include_path", "include_path"),
+    Flag("num_fewshot", "num_fewshot"),
+    Flag("limit", "limit"),
+    Flag("side_by_side", "side_by_side", "true"),
+    Flag("reference", "reference"),
     Flag("output", "output"),
 ]
 EXPORT_FLAGS = [*COMMON_FLAGS, Flag("format", "format"), Flag("output_dir", "output_dir")]
@@ -126,45 +158,89 @@ def _output_file(path: str) -> Path:
     return file
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Perplexity as the config says; printed, and returned as plain numbers."""
+def _protocol(config: EvaluateConfig, sources: Any) -> Any:
+    """How the perplexity of a model is measured; the data's mistakes come here, before any model."""
     from accessory.data.datamodule import answer_loader
     from accessory.evaluation import answer_perplexity, read_text, text_perplexity
     from accessory.models.qformer import image_input
 
+    if config.text is not None:
+        text = read_text(Path(config.text).expanduser())
+        return lambda model: text_perplexity(model, text, config.seqlen, config.max_tokens, config.batch_size)
+    data = DataConfig(
+        data_config=config.data_config,
+        dialog=config.dialog,
+        max_words=config.seqlen,
+        prompt_type=config.prompt_type,
+        image_transform=sources.image_transform,
+        image_root=config.image_root,
+        bad_images=config.bad_images,
+        num_workers=0,
+    )
+    loader = answer_loader(data, sources.tokenizer, config.batch_size, image_input(sources.vision))
+    return lambda model: answer_perplexity(model, loader)
+
+
+def _open_tasks(config: EvaluateConfig, sources: Any) -> Any:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'accessory[eval]' (or lm-eval)")
+    from accessory.harness import open_tasks
+
+    folder = None if config.include_path is None else Path(config.include_path).expanduser()
+    return open_tasks(config.tasks, folder, sources.architecture.max_position_embeddings)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Perplexity and tasks as the config says; printed, and returned as plain numbers."""
     output = _output_file(config.output) if config.output is not None else None
-    text = read_text(Path(config.text).expanduser()) if config.text is not None else None
     sources = _open(config)
-    if text is None:  # the data's mistakes come before the model
-        data = DataConfig(
-            data_config=config.data_config,
-            dialog=config.dialog,
-            max_words=config.seqlen,
-            prompt_type=config.prompt_type,
-            image_transform=sources.image_transform,
-            image_root=config.image_root,
-            bad_images=config.bad_images,
-            num_workers=0,
-        )
-        loader = answer_loader(data, sources.tokenizer, config.batch_size, image_input(sources.vision))
-        result = answer_perplexity(_load(sources, config), loader)
-        what = config.data_config
+    what = config.text or config.data_config
+    measure = _protocol(config, sources) if what is not None else None
+    tasks = _open_tasks(config, sources) if config.tasks else None
+    figures: dict[str, Any] = {"pretrained_path": config.model.pretrained_path}
+    if what is not None:
+        figures |= {"data": what, "seqlen": config.seqlen}
+    if config.side_by_side:
+        figures["side_by_side"] = _side_by_side(config, sources, measure)
     else:
-        result = text_perplexity(_load(sources, config), text, config.seqlen, config.max_tokens, config.batch_size)
-        what = config.text
-    figures = {
-        "ppl": result.value,
-        "nll": result.nll,
-        "tokens": result.tokens,
-        "data": what,
-        "seqlen": config.seqlen,
-        "quantization": config.quantization.method.value,
-        "pretrained_path": config.model.pretrained_path,
-    }
-    print(f"ppl on {what} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']})", flush=True)
+        model = _load(sources, config)
+        figures["quantization"] = model.quantization.method.value
+        if measure is not None:
+            figures |= _perplexity(measure(model), figures)
+        if tasks is not None:
+            figures["tasks"] = _run_tasks(config, model, tasks)
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def _perplexity(result: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    print(
+        f"ppl on {figures['data']} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']})",
+        flush=True,
+    )
+    return {"ppl": result.value, "nll": result.nll, "tokens": result.tokens}
+
+
+def _run_tasks(config: EvaluateConfig, model: Any, tasks: Any) -> dict[str, Any]:
+    from accessory.harness import results_table, run_tasks
+
+    results = run_tasks(model, tasks, config.batch_size, config.num_fewshot, config.limit)
+    print(results_table(results), flush=True)
+    return results
+
+
+def _side_by_side(config: EvaluateConfig, sources: Any, measure: Any) -> list[dict[str, Any]]:
+    from accessory.models import find_device
+    from accessory.side_by_side import as_figures, open_reference, rows_table, side_by_side
+    from accessory.strategies import DTYPES
+
+    device, dtype = find_device(config.device), DTYPES[config.precision]
+    reference = open_reference(config.model, config.quantization, sources, config.reference)
+    rows = side_by_side(reference, sources, config.quantization, device, dtype, measure)
+    print(f"ppl on {config.text or config.data_config} ({rows[0].tokens:,} predictions)", flush=True)
+    print(rows_table(rows), flush=True)
+    return as_figures(rows)
 
 
 def export(config: ExportConfig) -> Path:

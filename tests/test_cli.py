@@ -507,7 +507,7 @@ def test_shipped_data_yaml_reads_the_file_it_names(file, tmp_path, monkeypatch):
 
 
 def test_every_shipped_yaml_is_covered_here():
-    main = [CONFIG_DIR / f"{name}.yaml" for name in ("finetune", "evaluate", "export")]
+    main = [CONFIG_DIR / f"{name}.yaml" for name in ("finetune", "evaluate", "export", "quantize")]
     options = [CONFIG_DIR / f"{option}.yaml" for option in GROUPS]
     assert sorted(CONFIG_DIR.rglob("*.yaml")) == sorted([*main, *options, *DATA_YAMLS])
 

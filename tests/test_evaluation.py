@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from conftest import alpaca_items, corpus, write_data
 from transformers import AutoModelForCausalLM
 
 import accessory
-from accessory.config import DataConfig, ModelConfig, Precision, QuantizationConfig, QuantMethod
+from accessory.config import DataConfig, ModelConfig, Precision, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.datamodule import answer_loader
 from accessory.errors import UserError
 from accessory.evaluation import Perplexity, answer_perplexity, read_text, text_perplexity
+from accessory.quantization import block_linears, put_backends
+from accessory.quantization.dense import Dense
+from accessory.quantization.int4 import Int4
+from accessory.quantization.job import quantize_base
+from accessory.quantization.nf4 import NF4
+from accessory.quantization.options import Method, QuantizeConfig
+from accessory.side_by_side import fake_quantized, memory_bytes
 from accessory.tools import EvaluateConfig, evaluate
+from accessory.tuning.recipe import add_trainables, mark_trainable
 
 TEXT = "\n".join(corpus()[:60])
+NF4_ON_LOAD = QuantizationConfig(QuantMethod.nf4)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +174,132 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=r"--text .*latin\.txt: not readable as UTF-8 text"):
         read_text(tmp_path / "latin.txt")
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+BACKENDS = [NF4(), NF4(32, double_quant=False), Int4(4, 32), Int4(8, -1, sym=True), Int4(3, 64, reordered=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_fake_quantized_model_has_the_packed_ones_logits_bit_for_bit(backend, hf_folder):
+    packed = accessory.load_model(str(hf_folder))
+    weights = {path: linear.dequantize(torch.float32) for path, linear in block_linears(packed).items()}
+    put_backends(packed, dict.fromkeys(weights, backend))
+    for path, weight in weights.items():
+        packed.get_submodule(path).load_weight(weight)
+        packed.get_submodule(path).load_bias(torch.randn(len(weight)))
+    ids = torch.randint(384, (2, 20))
+    expected, size = packed(ids), memory_bytes(packed)
+    fake = fake_quantized(packed, torch.float32)
+    assert torch.equal(fake(ids), expected)
+    assert {linear.backend for linear in block_linears(fake).values()} == {Dense(torch.float32)}
+    assert memory_bytes(fake) > size
+
+
+def test_fake_quantized_model_keeps_its_trainables(hf_folder):
+    model = accessory.load_model(str(hf_folder), quantization="nf4")
+    recipe = RecipeConfig(lora=True, rank=4)
+    add_trainables(model, recipe)
+    mark_trainable(model, recipe)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    ids = torch.randint(384, (2, 20))
+    expected, trained = model(ids), {name for name, p in model.named_parameters() if p.requires_grad}
+    assert torch.equal(fake_quantized(model, torch.float32)(ids), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.fixture
+def text_file(tmp_path) -> str:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def test_side_by_side_is_three_runs_of_their_own(text_file, hf_folder, capsys):
+    more = {"text": text_file, "seqlen": 32}
+    found = evaluate(settings(hf_folder, **more, quantization=NF4_ON_LOAD, side_by_side=True))
+    base, fake, packed = found["side_by_side"]
+    model = accessory.load_model(str(hf_folder), quantization="nf4")
+    sizes = [memory_bytes(accessory.load_model(str(hf_folder))), memory_bytes(model)]
+    assert base["ppl"] == evaluate(settings(hf_folder, **more))["ppl"]
+    assert packed["ppl"] == evaluate(settings(hf_folder, **more, quantization=NF4_ON_LOAD))["ppl"]
+    assert fake["ppl"] == text_perplexity(fake_quantized(model, torch.float32), TEXT, 32).value == packed["ppl"]
+    assert base["ppl"] != packed["ppl"]
+    assert [row["memory_bytes"] for row in (base, fake, packed)] == [sizes[0], sizes[0], sizes[1]]
+    on_disk = (hf_folder / "model.safetensors").stat().st_size
+    assert [row["disk_bytes"] for row in (base, fake, packed)] == [on_disk, None, None]
+    table = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:5]]
+    assert table == ["ppl", "model", "16", "fake-quantized", "packed"]
+
+
+def test_side_by_side_measures_the_answers_of_a_data_yaml(answers, hf_folder):
+    more = {"data_config": str(answers), "seqlen": 128}
+    found = evaluate(settings(hf_folder, **more, quantization=NF4_ON_LOAD, side_by_side=True))["side_by_side"]
+    assert found[0]["nll"] == evaluate(settings(hf_folder, **more))["nll"]
+    assert found[2]["nll"] == evaluate(settings(hf_folder, **more, quantization=NF4_ON_LOAD))["nll"]
+
+
+@pytest.fixture(scope="module")
+def int4_folder(tmp_path_factory, hf_folder) -> Path:
+    config = QuantizeConfig(
+        ModelConfig(pretrained_path=[str(hf_folder)]), str(tmp_path_factory.mktemp("int4") / "rtn"), Method.rtn,
+        device="cpu",
+    )  # fmt: skip
+    return quantize_base(config)
+
+
+def test_quantized_folder_is_compared_with_the_base_that_it_was_made_from(text_file, hf_folder, int4_folder):
+    more = {"text": text_file, "seqlen": 32}
+    base, fake, packed = evaluate(settings(int4_folder, **more, side_by_side=True))["side_by_side"]
+    assert (base["path"], packed["path"]) == (str(hf_folder), str(int4_folder))
+    assert base["ppl"] == evaluate(settings(hf_folder, **more))["ppl"]
+    assert packed["ppl"] == evaluate(settings(int4_folder, **more))["ppl"] == fake["ppl"] != base["ppl"]
+    assert packed["model"] == "packed (int4)"
+    assert packed["disk_bytes"] == (int4_folder / "model.safetensors").stat().st_size < base["disk_bytes"]
+
+
+def test_reference_names_another_base(text_file, hf_folder, int4_folder, tmp_path):
+    shutil.copytree(hf_folder, tmp_path / "moved")
+    more = {"text": text_file, "seqlen": 32, "side_by_side": True}
+    expected = evaluate(settings(int4_folder, **more))["side_by_side"][0]
+    shutil.copytree(int4_folder, tmp_path / "int4")
+    manifest = tmp_path / "int4" / "quantization.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": "/gone"}))
+    with pytest.raises(UserError, match=r"int4 was made from /gone, which is gone; name its 16-bit base with --ref"):
+        evaluate(settings(tmp_path / "int4", **more))
+    found = evaluate(settings(tmp_path / "int4", **more, reference=str(tmp_path / "moved")))["side_by_side"][0]
+    assert (found["path"], found["ppl"]) == (str(tmp_path / "moved"), expected["ppl"])
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"int4 does not say what it was made from; name its 16-bit base with --ref"):
+        evaluate(settings(tmp_path / "int4", **more))
+
+
+def test_base_that_is_no_16_bit_base_of_the_model_is_refused(text_file, hf_folder, int4_folder, tmp_path):
+    more = {"text": text_file, "side_by_side": True}
+    with pytest.raises(UserError, match=r"--side_by_side: .* is not quantized; add --quant"):
+        evaluate(settings(hf_folder, **more))
+    with pytest.raises(UserError, match=r"--side_by_side: .* is quantized itself; name a 16-bit base with --reference"):
+        evaluate(settings(int4_folder, **more, reference=str(int4_folder)))
+    with pytest.raises(UserError, match=r"--side_by_side, the 16-bit form: .*nowhere: no such folder"):
+        evaluate(settings(int4_folder, **more, reference=str(tmp_path / "nowhere")))
+    shutil.copytree(hf_folder, tmp_path / "other")
+    lines = (line for line in corpus()[::-1])
+    trainer = {"model_prefix": str(tmp_path / "other" / "tokenizer"), "vocab_size": 384, "model_type": "bpe"}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, byte_fallback=True, minloglevel=2, **trainer)
+    with pytest.raises(UserError, match=r"other has another tokenizer than .*: is it its base\?"):
+        evaluate(settings(int4_folder, **more, reference=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"side_by_side": True}, "give one of --text FILE"),
+        ({"text": "t.txt", "reference": "base"}, "--reference base: is for --side_by_side"),
+    ],
+)
+def test_side_by_side_settings_that_cannot_be_meant_are_refused(given, complaint, hf_folder):
+    with pytest.raises(UserError, match=complaint):
+        settings(hf_folder, **given)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import accessory
-from accessory import export
+from accessory import hf_files
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
@@ -37,6 +37,7 @@ def trained(
 ) -> Llama:
     """A model as after training: every trainable moved at random."""
     config = ModelConfig(pretrained_path=[str(base)])
+    torch.manual_seed(0)  # LoRA's first values
     model = assemble(config, quantization or QuantizationConfig(), recipe, torch.device("cpu"), dtype)
     g = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -134,7 +135,7 @@ def test_merging_in_a_bf16_model_is_done_in_fp32(meta_folder, tmp_path):
 def test_an_export_in_several_files_is_the_export_in_one(meta_folder, tmp_path, monkeypatch):
     model = trained(meta_folder, NORM_BIAS_LORA)
     export_hf(model, tmp_path / "one", torch.float32)
-    monkeypatch.setattr(export, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(hf_files, "SHARD_BYTES", 100_000)
     export_hf(model, tmp_path / "many", torch.float32)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and all(file.stat().st_size < 110_000 for file in files)
@@ -181,7 +182,7 @@ def test_an_export_that_breaks_off_leaves_nothing(meta_folder, tmp_path, monkeyp
     def fail(*_, **__):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(export, "_name_shards", fail)
+    monkeypatch.setattr(hf_files.ShardWriter, "close", fail)
     with pytest.raises(RuntimeError, match="stopped"):
         export_hf(trained(meta_folder, NORM_BIAS), tmp_path / "model")
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "model").exists()

@@ -126,7 +126,7 @@ def test_meta_says_base_recipe_quantization_and_versions(finished, meta_folder):
     assert meta["base"]["path"] == str(meta_folder.resolve())
     assert meta["llama_type"] == "llama_peft"
     quantization = {"method": "nf4", "blocksize": 64, "double_quant": True, "lm_head": False, "vision": False}
-    assert meta["quantization"] == quantization
+    assert meta["quantization"].items() >= quantization.items()
     assert meta["recipe"]["name"] == "norm_bias"
     assert meta["versions"]["torch"] == torch.__version__
     assert meta["steps"] == 16

@@ -96,11 +96,11 @@ def test_quantization_of_another_version_is_named(hf_folder, tmp_path):
     folder = tmp_path / "trained"
     folder.mkdir()
     save_file({"model.norm.weight": torch.ones(64)}, folder / "trainable.safetensors")
-    (folder / "meta.json").write_text(json.dumps({"quantization": {"method": "nf4", "bits": 4}}))
+    (folder / "meta.json").write_text(json.dumps({"quantization": {"method": "nf4", "quant_type": "nf4"}}))
     config = ExportConfig(
         model=ModelConfig(pretrained_path=[str(hf_folder), str(folder)]), output_dir=str(tmp_path / "out")
     )
-    with pytest.raises(UserError, match=r"meta\.json: quantization: .*bits.*; written by another version"):
+    with pytest.raises(UserError, match=r"meta\.json: quantization: .*quant_type.*; written by another version"):
         export(config)
 
 

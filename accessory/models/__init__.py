@@ -171,6 +171,7 @@ def config_from_hf(path: Path) -> LlamaConfig:
         raise UserError(f"{path}: model_type={content.get('model_type')!r}; only 'llama' is supported")
     if content.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act={content['hidden_act']!r}; only 'silu' is supported")
+    content.pop("quantization_config", None)  # how its weights lie on disk is no part of the architecture
     return _checked_config(str(path), **content)
 
 

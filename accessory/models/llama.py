@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Blip2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from accessory.config import ImageTransform
+from accessory.config import ImageTransform, QuantizationConfig
 from accessory.errors import UserError
 
 NO_IMAGES = "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
@@ -143,6 +143,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tokenizer: Any = None
         self.base: dict[str, str] = {}  # path and fingerprint of the weights
+        self.quantization = QuantizationConfig()  # how they are held
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

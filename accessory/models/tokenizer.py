@@ -69,9 +69,15 @@ class Tokenizer:
         self.bos_text = self._inner.bos_token  # a chat template may write it out
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        options = {} if self.is_sentencepiece else {"add_special_tokens": False}
+        # verbose: a warning about texts longer than a model's positions, which are cut into windows here.
+        options = {} if self.is_sentencepiece else {"add_special_tokens": False, "verbose": False}
         ids = self._inner.encode(text, **options)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer, left to itself, puts BOS in front of a text: LLaMA's do."""
+        return self.is_sentencepiece or self._inner.encode("a")[:1] == [self.bos_id]
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.quantization.int4 import Int4
+from accessory.quantization.packed import Packed
+
 
 class Backend(Protocol):
     """A storage format: all state is in the payload tensors, all settings in the instance, which is hashable."""
@@ -117,6 +120,16 @@ class QuantLinear(nn.Module):
         """Store `weight`, float [out_features, in_features], in the backend's format on weight's device."""
         assert tuple(weight.shape) == self.shape
         for name, tensor in zip(self.backend.payload_names, self.backend.quantize(weight), strict=True):
+            setattr(self, name, tensor)
+
+    @torch.no_grad()
+    def load_packed(self, packed: Packed) -> None:
+        """Store a weight that is in whole numbers: as it is, or its values where the backend is another."""
+        assert packed.shape == self.shape
+        if not isinstance(self.backend, Int4):
+            self.load_weight(packed.dequantize(torch.float32))
+            return
+        for name, tensor in zip(self.backend.payload_names, self.backend.pack(packed), strict=True):
             setattr(self, name, tensor)
 
     def load_bias(self, bias: Tensor) -> None:

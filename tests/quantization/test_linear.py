@@ -1,10 +1,11 @@
-"""QuantLinear against bitsandbytes' functional API and against autograd on the dequantized weight."""
+"""QuantLinear against bitsandbytes' functional API, numpy's half precision, and autograd on the dequantized weight."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,27 @@ from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, Recip
 from accessory.errors import UserError
 from accessory.models.llama import Llama
 from accessory.module import batch_loss
-from accessory.quantization import QuantLinear, block_linears
+from accessory.quantization import QuantLinear, block_linears, rtn
 from accessory.quantization.dense import Dense
+from accessory.quantization.int4 import Int4
 from accessory.quantization.nf4 import NF4
 
 IN, OUT = 192, 128  # 384 blocks of 64: two second-level blocks of 256 scales
-BACKENDS = [Dense(torch.float32), Dense(torch.bfloat16), NF4(double_quant=True), NF4(double_quant=False)]
+BACKENDS = {
+    "dense-fp32": Dense(torch.float32),
+    "dense-bf16": Dense(torch.bfloat16),
+    "nf4-double_quant": NF4(double_quant=True),
+    "nf4-single_quant": NF4(double_quant=False),
+    "int4": Int4(4, 64),
+    "int4-sym": Int4(4, 32, sym=True),
+    "int4-per_channel": Int4(4, -1),
+    "int4-reordered": Int4(4, 64, reordered=True),
+    "int2": Int4(2, 64),
+    "int3": Int4(3, 64),
+    "int8": Int4(8, -1, sym=True),
+}
 NF4_BASE = QuantizationConfig(method=QuantMethod.nf4)
-every_backend = pytest.mark.parametrize(
-    "backend", BACKENDS, ids=["dense-fp32", "dense-bf16", "nf4-double_quant", "nf4-single_quant"]
-)
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -45,9 +57,16 @@ def layer_with(backend, bias: bool = True) -> QuantLinear:
 
 
 def reference_weight(backend, dtype: torch.dtype) -> Tensor:
-    """The weight that the layer stands for: rounded for Dense, through bitsandbytes' own state for NF4."""
+    """The weight that the layer stands for: rounded for Dense, through bitsandbytes' own state for NF4, by numpy's half
+    precision for Int4."""
     if isinstance(backend, Dense):
         return random_weight().to(backend.dtype).to(dtype)
+    if isinstance(backend, Int4):
+        packed = rtn.quantize(random_weight(), backend.scheme)
+        per_column = IN // packed.scales.shape[1]
+        scales, zeros = (t.numpy().repeat(per_column, axis=1) for t in (packed.scales, packed.zeros))
+        whole = packed.codes.numpy().astype(np.int16) - zeros.astype(np.int16)
+        return torch.from_numpy(whole.astype(np.float16) * scales).to(dtype)
     packed, state = bnb.quantize_4bit(
         random_weight(), blocksize=64, compress_statistics=backend.double_quant, quant_type="nf4"
     )
@@ -152,6 +171,17 @@ def test_the_nf4_payload_is_bitsandbytes_own(double_quant, dtype):
         assert torch.equal(layer.absmax, state.absmax)
 
 
+@pytest.mark.parametrize(
+    ("backend", "bits"),
+    [(Int4(4, 64), 4.375), (Int4(3, 64), 3.375), (Int4(2, 64), 2.375), (Int4(8, -1, True), 8 + 24 / 2048)],
+    ids=["4", "3", "2", "8"],
+)
+def test_whole_numbers_take_their_bits_and_a_scale_and_zero_point_of_24_a_group(backend, bits):
+    layer = QuantLinear(2048, 2048, backend)
+    layer.load_weight(torch.randn(2048, 2048))
+    assert 8 * sum(tensor.nbytes for tensor in layer.payload) / 2048**2 == bits
+
+
 @pytest.mark.parametrize(("double_quant", "bits"), [(True, 4.127), (False, 4.5)])
 def test_a_weight_takes_as_many_bits_as_qlora_says(double_quant, bits):
     layer = QuantLinear(2048, 2048, NF4(double_quant=double_quant))
@@ -206,7 +236,7 @@ def compiled_bf16_model(folder: Path, method: str) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("method", ["none", "nf4", "rtn", "int8"])
 def test_compiled_blocks_keep_no_dequantized_weight(hf_folder, method):
     model = compiled_bf16_model(hf_folder, method)
     kept: list[Tensor] = []
@@ -218,7 +248,7 @@ def test_compiled_blocks_keep_no_dequantized_weight(hf_folder, method):
     assert shapes and not shapes & (weights | {shape[::-1] for shape in weights})
 
 
-@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("method", ["none", "nf4", "rtn", "int8"])
 def test_compiled_blocks_have_the_gradients_of_plain_ones(hf_folder, method):
     gradients = []
     for stance in ("default", "force_eager"):
@@ -361,5 +391,5 @@ def test_a_blocksize_that_bitsandbytes_lacks_is_refused_with_those_it_has(meta_f
 
 
 def test_an_unknown_quantization_is_refused_with_those_there_are(meta_folder):
-    with pytest.raises(UserError, match="quantization='nf5': known are none, nf4"):
+    with pytest.raises(UserError, match="quantization='nf5': known are none, nf4, int4, int8, rtn"):
         accessory.load_model([meta_folder], quantization="nf5")

@@ -1,0 +1,90 @@
+"""quantization=autoround (awq, gptq) on a 16-bit base: quantized before training, once for all runs that say so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock
+from omegaconf import OmegaConf
+
+from accessory.assemble import CALIBRATED
+from accessory.config import Config, QuantizationConfig, QuantMethod
+from accessory.errors import UserError
+from accessory.quantization.job.plan import make_plan
+from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
+
+
+def calibrate_base(config: Config) -> Config:
+    """The same run on a calibrated int4 base, made now unless it is in the cache; `config` itself for other methods.
+
+    Every rank may call it: the first one works, the others wait for it.
+    """
+    if config.quantization.method not in CALIBRATED:
+        return config
+    job = _job(config)
+    settings = json.dumps(make_plan(job).settings, sort_keys=True, default=str)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    name = Path(config.model.pretrained_path[0]).resolve().name
+    folder = _cache(config.quantization) / f"{name}-{job.method.value}-{key}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _quantize(replace(job, output_dir=str(folder)))
+    print(f"quantized base: {folder}", flush=True)
+    return replace(
+        config,
+        model=replace(config.model, pretrained_path=[str(folder)], llama_config=[], vision_path=None),
+        quantization=QuantizationConfig(method=QuantMethod.int4),
+    )
+
+
+def _job(config: Config) -> QuantizeConfig:
+    wanted, data = config.quantization, config.data
+    calibration = CalibrationConfig(
+        dataset=wanted.dataset or f'"{data.data_config}"',
+        nsamples=wanted.nsamples or 128,
+        seqlen=wanted.seqlen or data.max_words,
+        image_root=data.image_root,
+        bad_images=data.bad_images,
+        allow_fewer=True,
+    )
+    return QuantizeConfig(
+        model=replace(config.model, pretrained_path=list(config.model.pretrained_path)),
+        method=Method(wanted.method.value),
+        bits=wanted.bits,
+        group_size=wanted.group_size,
+        sym=wanted.sym,
+        quant_lm_head=wanted.lm_head,
+        vision=wanted.vision,
+        calib=calibration,
+        autoround=AutoRoundConfig(iters=wanted.iters),
+        seed=config.seed,
+        output_dir="",
+    )
+
+
+def _cache(config: QuantizationConfig) -> Path:
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accessory" / "quantized"
+    folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else usual
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"quantization.cache_dir={folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def _quantize(job: QuantizeConfig) -> None:
+    """In a process of its own: auto-round patches transformers and reseeds, and its memory is given back whole."""
+    settings = Path(f"{job.output_dir}.yaml")
+    settings.write_text(OmegaConf.to_yaml(OmegaConf.structured(job)))
+    result = subprocess.run([sys.executable, "-m", "accessory.quantization", str(settings)])
+    settings.unlink()
+    if result.returncode == 2:
+        raise UserError(f"quantization={job.method.value}: the base could not be quantized; the line above says why")
+    if result.returncode:
+        raise RuntimeError(f"quantizing into {job.output_dir} ended with code {result.returncode}")

@@ -1,0 +1,137 @@
+"""The finished int4 folder: written from the blocks, read back and compared, measured, and described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from accessory.assemble import open_sources
+from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
+from accessory.checkpoint import layered, read_tensor, weight_places
+from accessory.config import LlamaType, ModelConfig
+from accessory.hf_files import ShardWriter, save_tensors
+from accessory.models import build_model, describe_vision
+from accessory.quantization import formats
+from accessory.quantization.job.flow import Flow, Hidden
+from accessory.quantization.job.plan import Plan
+from accessory.quantization.options import Format
+from accessory.shards import is_image_part
+
+MANIFEST_FILE = "quantization.json"
+
+
+def model_config(plan: Plan, kind: Optional[Format]) -> dict[str, Any]:
+    """config.json's content. kind: format of the weights, None: floating point."""
+    config = LlamaConfig.from_dict(plan.sources.architecture.to_dict())
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = plan.dtype
+    tokenizer = plan.sources.tokenizer
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    content = json.loads(config.to_json_string())
+    if kind is not None:
+        content["quantization_config"] = formats.quantization_config(
+            kind, plan.usual_scheme, plan.schemes, plan.unquantized, plan.is_reordered
+        )
+    return content
+
+
+def write_folder(plan: Plan, blocks: list[Path], folder: Path, kind: Optional[Format]) -> None:
+    """A Hugging Face folder from the blocks' files, and from the base what they do not hold."""
+    writer, image_part = ShardWriter(folder), {}
+    for name, tensor in _tensors(plan, blocks, kind):
+        if is_image_part(name):
+            image_part[name] = tensor
+        else:
+            writer.add(name, tensor)
+    writer.close()
+    (folder / CONFIG_FILE).write_text(json.dumps(model_config(plan, kind), indent=2) + "\n")
+    plan.sources.tokenizer.save(folder)
+    if plan.sources.vision is not None:
+        save_tensors(image_part, folder / IMAGE_FILE)
+        (folder / VISION_CONFIG_FILE).write_text(describe_vision(plan.sources.vision))
+        meta = {"format": 1, "llama_type": LlamaType.llama_qformerv2_peft.value}
+        meta |= {"image_transform": plan.sources.image_transform.value}
+        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _tensors(plan: Plan, blocks: list[Path], kind: Optional[Format]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the result by its name on disk, one at a time."""
+    first = plan.formats[0]
+    written = set()
+    for file in blocks:
+        tensors = load_file(file)
+        if kind not in (None, first):
+            tensors = _converted(tensors, plan, first, kind)
+        written |= {formats.weight_name(name) for name in tensors}
+        yield from tensors.items()
+    model = build_model(plan.sources.architecture, plan.sources.vision)
+    sources = layered(plan.sources.folders)
+    for name, (shape, _, _) in weight_places(model, torch.device("cpu"), plan.dtype):
+        if name not in written:
+            yield name, read_tensor(name, sources[name], shape).to(plan.dtype).contiguous()
+
+
+def _converted(tensors: dict[str, Tensor], plan: Plan, first: Format, kind: Format) -> dict[str, Tensor]:
+    """A block's tensors in another format."""
+    is_symmetric = formats.all_symmetric(plan.schemes.values())
+    layout, result, linears = formats.layout_of(first, is_symmetric), {}, {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in formats.LEAVES:
+            linears.setdefault(path, {})[leaf] = tensor
+        else:
+            result[name] = tensor
+    for path, leaves in linears.items():
+        scheme = plan.schemes[path]
+        packed = formats.unpack(leaves, layout, scheme.bits, scheme.group_size)
+        result |= formats.pack(path, packed, kind, is_symmetric)
+    return result
+
+
+@torch.no_grad()
+def check_reloaded(folder: Path, hidden: Hidden, flow: Flow) -> None:
+    """Read the folder as any base is read, and compare its logits with those of the model as it was quantized.
+
+    Raises RuntimeError where they differ at all: then the folder is not what was measured, and is not kept.
+    """
+    reloaded = flow.streamed(open_sources(ModelConfig(pretrained_path=[str(folder)])))
+    found = reloaded.logits(flow.replay(reloaded))
+    expected = flow.packed.logits(hidden.inputs[0])
+    if not torch.equal(expected, found):
+        worst = (expected - found).abs().max().item()
+        raise RuntimeError(f"{folder}: logits of the reloaded model differ by up to {worst:.3g}; it is not kept")
+
+
+def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: float) -> dict[str, Any]:
+    """quantization.json's content: where the folder comes from, and what it is worth."""
+    config, calibration = plan.config, None
+    if plan.is_calibrated:
+        rows, seqlen = plan.rows.ids.shape
+        calibration = {"dataset": config.calib.dataset, "nsamples": rows, "seqlen": seqlen, "seed": config.seed}
+        calibration |= {"fingerprint": plan.rows.fingerprint}
+    own_options = {name: asdict(getattr(config, name)) for name in ("autoround", "awq", "gptq")}
+    usual = plan.usual_scheme
+    return {
+        "format": 1,
+        "method": config.method.value,
+        "scheme": asdict(usual),
+        "exceptions": {name: asdict(scheme) for name, scheme in plan.schemes.items() if scheme != usual},
+        "unquantized": plan.unquantized,
+        "options": own_options.get(config.method.value, {}),
+        "source": plan.sources.base["path"],
+        "source_fingerprint": plan.sources.base["fingerprint"],
+        "calibration": calibration,
+        "perplexity": measured,
+        "seconds": round(seconds, 3),
+        "peak_memory_gib": round(peak_gib, 3),
+        "device": str(plan.device),
+        "versions": plan.versions,
+    }

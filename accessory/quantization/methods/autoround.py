@@ -1,0 +1,174 @@
+"""AutoRound (arXiv:2309.05516) through the auto-round package, a block at a time.
+
+Per group of weights it tunes where to round, and the range, by signed gradient descent on the error of the block's
+output. auto-round's entry for single blocks is used, so that blocks stream and an interrupted job goes on where it was.
+Import this in a process of its own: auto-round patches transformers, torch's print options and the random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accessory.errors import UserError
+from accessory.quantization.methods import Calibration, Chain
+from accessory.quantization.options import QuantizeConfig, Tuning
+from accessory.quantization.packed import Packed, Scheme
+
+# nsamples, iters, lr, seqlen of auto-round's recipes; None: as unset
+RECIPES = {
+    Tuning.best: (512, 1000, None, None),
+    Tuning.default: (128, 200, None, None),
+    Tuning.light: (128, 50, 5e-3, 512),
+}
+_SCALE_DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
+
+
+def require_auto_round() -> None:
+    """Refuse early where the package is missing."""
+    from importlib.util import find_spec
+
+    if find_spec("auto_round") is None:
+        raise UserError("method=autoround needs the package auto-round: pip install 'accessory[autoround]'")
+
+
+class _Blocks(nn.Module):
+    """Blocks as one, called as transformers' are: what auto-round tunes together."""
+
+    def __init__(self, blocks: Chain, calibration: Calibration):
+        super().__init__()
+        self.blocks = blocks
+        self._call = calibration.call
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = self._call(block, hidden_states)
+        return hidden_states
+
+
+class _Model(nn.Module):
+    """The model that auto-round wants around a block."""
+
+    name_or_path = ""
+
+    def __init__(self, blocks: _Blocks):
+        super().__init__()
+        from transformers import PretrainedConfig
+
+        self.layers = nn.ModuleList([blocks])
+        self.config = PretrainedConfig()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.layers[0](*args, **kwargs)
+
+
+def tune(
+    blocks: Chain, schemes: dict[str, Scheme], calibration: Calibration, config: QuantizeConfig
+) -> dict[str, Packed]:
+    """Tune the rounding of the blocks' linears and return them in whole numbers; `blocks` change in place."""
+    wrapped = _Blocks(blocks, calibration)
+    with _quiet(), torch.enable_grad():
+        tuner = _tuner(_Model(wrapped), schemes, calibration, config)
+        tuner.post_init()
+        dtype = tuner.model_context.amp_dtype
+        wrapped.to(dtype)
+        samples = [[row.to(dtype).unsqueeze(0) for batch in data for row in batch]
+                   for data in (calibration.reference, calibration.inputs)]  # fmt: skip
+        reference, inputs = samples
+        quantized_input = inputs if config.autoround.enable_quanted_input else None
+        tuner.quantize_block(
+            wrapped,
+            [(((row,), {}),) for row in reference],
+            q_input=quantized_input,
+            device=str(calibration.device),
+            auto_offload=False,
+        )
+    return {name: packed_linear(blocks.get_submodule(name), scheme) for name, scheme in schemes.items()}
+
+
+def _tuner(model: _Model, schemes: dict[str, Scheme], calibration: Calibration, config: QuantizeConfig) -> Any:
+    from auto_round import AutoRound
+    from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+
+    options = config.autoround
+    usual = next(iter(schemes.values()))
+    nsamples = sum(len(batch) for batch in calibration.inputs)
+    per_layer = {
+        f"layers.0.blocks.{name}": {"bits": s.bits, "group_size": s.group_size, "sym": s.sym}
+        for name, s in schemes.items()
+    }
+    untouched = {
+        f"layers.0.blocks.{name}": {"bits": 16}
+        for name, module in model.layers[0].blocks.named_modules()
+        if isinstance(module, nn.Linear) and name not in schemes
+    }
+    algorithm = SignRoundConfig(
+        bits=usual.bits,
+        group_size=usual.group_size,
+        sym=usual.sym,
+        iters=options.iters,
+        lr=options.lr,
+        minmax_lr=options.minmax_lr,
+        enable_quanted_input=options.enable_quanted_input,
+        enable_minmax_tuning=options.enable_minmax_tuning,
+        gradient_accumulate_steps=options.gradient_accumulate_steps,
+        enable_adam=options.adam,
+    )
+    return AutoRound(
+        model,
+        tokenizer="",
+        alg_configs=algorithm,
+        layer_config=per_layer | untouched,
+        nsamples=nsamples,
+        seqlen=calibration.inputs[0].shape[1],
+        batch_size=min(config.calib.batch_size, nsamples),
+        low_gpu_mem_usage=config.low_gpu_mem_usage,
+        device_map=str(calibration.device),
+        enable_torch_compile=calibration.device.type == "cuda",
+        seed=config.seed,
+        amp=options.amp,
+        scale_dtype=options.scale_dtype.value,
+        low_cpu_mem_usage=False,
+    )
+
+
+def packed_linear(linear: nn.Linear, scheme: Scheme) -> Packed:
+    """The whole numbers behind a tuned linear: auto-round leaves the rounded weight, scales and zero points."""
+    out, in_features = linear.weight.shape
+    groups = scheme.groups(in_features)
+    scales = linear.scale.detach().float().reshape(out, groups)
+    zeros = linear.zp
+    if not torch.is_tensor(zeros):
+        zeros = torch.full_like(scales, float(zeros))
+    zeros = zeros.detach().to(scales).reshape(-1, groups).expand(out, groups)
+    weight = linear.weight.detach().float().view(out, groups, -1)
+    codes = (weight / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round_().clamp_(0, 2**scheme.bits - 1)
+    return Packed(
+        codes.view(out, in_features).to(torch.uint8),
+        scales.half().contiguous(),
+        zeros.to(torch.uint8).contiguous(),
+        scheme.bits,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """auto-round reports each block on its own logger; here a progress bar does."""
+    os.environ.setdefault("AR_LOG_LEVEL", "ERROR")
+    logger = logging.getLogger("autoround")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
