@@ -49,7 +49,7 @@ CANDIDATES = {
     "int8": Candidate("int8", on_load="int8"),
     "nf4": Candidate("NF4", on_load="nf4"),
     "rtn-g64-asym": Candidate("RTN g64 asym", method="rtn"),
-    "rtn-g128-sym": Candidate("RTN g128 sym", method="rtn", group_size=128, sym=True),
+    "rtn-g64-sym": Candidate("RTN g64 sym", method="rtn", sym=True),
     "awq-g64-asym": Candidate("AWQ g64 asym", method="awq", cost=6),
     "gptq-g64-asym": Candidate("GPTQ g64 asym", method="gptq", cost=3),
     "autoround-g128-sym": Candidate("AutoRound g128 sym", method="autoround", group_size=128, sym=True, cost=40),

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from accessory.assemble import Sources, as_stored, assemble, check_recipe, open_sources
+from accessory.assemble import CALIBRATED, Sources, as_stored, assemble, check_recipe, open_sources
 from accessory.bases import FROZEN_FILE, META_FILE, identity
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
 from accessory.checkpoint import save_frozen, save_trainable
@@ -46,14 +46,17 @@ def finetune(config: Config) -> Path:
     world = find_world()
     output_dir = Path(config.output_dir).expanduser()
     refuse_finished(output_dir)
-    config = calibrate_base(config)
     sources = open_sources(config.model)
-    config = replace(config, quantization=as_stored(config.quantization, sources.folders))
+    if config.quantization.method not in CALIBRATED or sources.folders[0].packed:
+        config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     _check_images(config, data)
+    if config.quantization.method in CALIBRATED:  # minutes to hours: after all that can be wrong
+        config = calibrate_base(config)
+        sources = open_sources(config.model)
     settings = _settings(config, sources, data, world)
     checkpoint = find_checkpoint(output_dir, config.resume, settings)
     _make_writable(output_dir)

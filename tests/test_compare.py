@@ -79,18 +79,18 @@ def test_rows_are_what_separate_runs_give(what, hf_folder):
 
 def test_default_is_every_method_of_the_brief():
     assert Comparison(Path("b"), Path("t"), Path("o")).methods == [
-        *("16bit", "int8", "nf4", "rtn-g64-asym", "rtn-g128-sym"),
+        *("16bit", "int8", "nf4", "rtn-g64-asym", "rtn-g64-sym"),
         *("awq-g64-asym", "gptq-g64-asym", "autoround-g128-sym"),
     ]
 
 
 def test_quantize_job_is_told_method_scheme_and_calibration(what, job):
-    settings = what("rtn-g128-sym", "gptq-g64-asym", "autoround-g128-sym", nsamples=4, seqlen=16, iters=3)
+    settings = what("rtn-g64-sym", "gptq-g64-asym", "autoround-g128-sym", nsamples=4, seqlen=16, iters=3)
     compare(settings)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         told = [compose("quantize", rewrite(command[2:], QUANTIZE_FLAGS)) for command in job.commands]
     assert [(t.method, t.group_size, t.sym) for t in told] == [
-        ("rtn", 128, True), ("gptq", None, False), ("autoround", None, True)
+        ("rtn", None, True), ("gptq", None, False), ("autoround", None, True)
     ]  # fmt: skip
     assert [t.calib.dataset for t in told] == [None, str(settings.dataset), str(settings.dataset)]
     assert [(t.calib.nsamples, t.calib.seqlen) for t in told] == [(None, None), (4, 16), (4, 16)]
@@ -98,7 +98,7 @@ def test_quantize_job_is_told_method_scheme_and_calibration(what, job):
     assert {(*t.model.pretrained_path, t.device, t.precision.value) for t in told} == {
         (str(settings.base), "cpu", "tf32")
     }
-    assert told[0].output_dir == str(settings.output / "rtn-g128-sym")
+    assert told[0].output_dir == str(settings.output / "rtn-g64-sym")
 
 
 def test_result_is_read_back_and_measured(what, job, hf_folder):

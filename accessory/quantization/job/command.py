@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from accessory.cli import Flag, launch, parse_override, rewrite, run_command
+from accessory.cli import MODEL_FLAGS, Flag, launch, parse_override, rewrite, run_command
 from accessory.config import to_typed
 from accessory.errors import UserError, first_line
 from accessory.quantization.options import QuantizeConfig
@@ -27,13 +27,9 @@ _ELSEWHERE = {
 
 # AutoRound's names of all its versions; llmc's are keys of its YAML.
 QUANTIZE_FLAGS = [
-    Flag("pretrained_path", "model.pretrained_path", "list"),
+    *(flag for flag in MODEL_FLAGS if flag.name != "quant"),
     Flag("model", "model.pretrained_path", "list"),
     Flag("model_name", "model.pretrained_path", "list"),
-    Flag("llama_type", "model.llama_type"),
-    Flag("llama_config", "model.llama_config", "list"),
-    Flag("tokenizer_path", "model.tokenizer_path"),
-    Flag("no_visual", "model.visual", "false"),
     Flag("output_dir", "output_dir"),
     Flag("method", "method"),
     Flag("bits", "bits"),

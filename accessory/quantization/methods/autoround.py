@@ -27,7 +27,6 @@ RECIPES = {
     Tuning.default: (128, 200, None, None),
     Tuning.light: (128, 50, 5e-3, 512),
 }
-_SCALE_DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
 
 
 def require_auto_round() -> None:
@@ -35,7 +34,7 @@ def require_auto_round() -> None:
     from importlib.util import find_spec
 
     if find_spec("auto_round") is None:
-        raise UserError("method=autoround needs the package auto-round: pip install 'accessory[autoround]'")
+        raise UserError("method=autoround needs auto-round: pip install 'auto-round>=0.16,<0.17'")
 
 
 class _Blocks(nn.Module):
