@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import asdict, dataclass, replace
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import Blip2Config, LlamaConfig
 
-from accessory.bases import Folder, attach, model_config, vision_config
+from accessory.bases import Folder, attach, identity, model_config, vision_config
 from accessory.blip2 import open_vision
 from accessory.checkpoint import check_pairing, layered, load_weights, open_folders
 from accessory.config import ImageTransform, LlamaType, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.images import deterministic
 from accessory.errors import UserError, first_line
-from accessory.models import build_model
+from accessory.models import build_model, describe_vision
 from accessory.models.llama import Llama
 from accessory.models.qformer import VisionQFormer
 from accessory.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
@@ -40,6 +41,20 @@ class Sources:
     architecture: LlamaConfig
     vision: Optional[Blip2Config]
     base: dict[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from every other."""
+        found = {
+            "base": self.base["fingerprint"],
+            "starts_from": [identity(folder) for folder in self.folders[1:]],
+            "architecture": hashlib.sha256(self.architecture.to_json_string().encode()).hexdigest()[:16],
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
+        if self.vision is not None:
+            sizes = hashlib.sha256(describe_vision(self.vision).encode()).hexdigest()[:16]
+            found |= {"image_part": self.base.get("image_part"), "image_sizes": sizes}
+        return found
 
     @property
     def image_transform(self) -> ImageTransform:

@@ -124,6 +124,14 @@ def load_weights(
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
+def refuse_unfit_weights(model: Llama, folders: list[Folder]) -> None:
+    """Refuse folders that lack a weight of `model`, on the meta device, or hold one that has no place in it."""
+    places = dict(weight_places(model, torch.device("meta"), torch.float32))
+    sources = layered(folders)
+    _refuse_unfit(sources, places, tied=model.config.tie_word_embeddings)
+    _refuse_missing(sorted(places.keys() - sources.keys()), sources, folders)
+
+
 def _starts_projector(model: Llama, sources: dict[str, list[Folder]]) -> bool:
     """Whether the recipe trains a projector of which no folder holds a part."""
     return (

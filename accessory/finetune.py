@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import warnings
@@ -16,7 +15,7 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
 from accessory.assemble import CALIBRATED, Sources, as_stored, assemble, check_recipe, open_sources
-from accessory.bases import FROZEN_FILE, META_FILE, identity
+from accessory.bases import FROZEN_FILE, META_FILE
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
 from accessory.checkpoint import save_frozen, save_trainable
 from accessory.config import Config, LoggerConfig, LoggerName, Precision
@@ -25,7 +24,7 @@ from accessory.data.images import deterministic
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.files import atomic_file, disk_error, link
-from accessory.models import describe_vision, read_json
+from accessory.models import read_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
@@ -54,12 +53,12 @@ def finetune(config: Config) -> Path:
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     _check_images(config, data)
+    _make_writable(output_dir)
     if config.quantization.method in CALIBRATED:  # minutes to hours: after all that can be wrong
         config = calibrate_base(config)
         sources = open_sources(config.model)
     settings = _settings(config, sources, data, world)
     checkpoint = find_checkpoint(output_dir, config.resume, settings)
-    _make_writable(output_dir)
     loggers = _loggers(config.logger, output_dir)
 
     seed_everything(config.seed, workers=True, verbose=False)
@@ -161,11 +160,7 @@ def _write_settings(settings: dict[str, Any], file: Path) -> None:
 
 def _settings(config: Config, sources: Sources, data: DataModule, world: World) -> dict[str, Any]:
     """What decides a run's numbers: a resumed run must agree on all of it."""
-    settings = {
-        "base": sources.base["fingerprint"],
-        "starts_from": [identity(folder) for folder in sources.folders[1:]],
-        "architecture": hashlib.sha256(sources.architecture.to_json_string().encode()).hexdigest()[:16],
-        "tokenizer": sources.tokenizer.fingerprint(),
+    settings = sources.identity | {
         "val_fraction": config.data.val_fraction,
         "quantization": asdict(config.quantization),
         "recipe": asdict(config.recipe),
@@ -183,8 +178,6 @@ def _settings(config: Config, sources: Sources, data: DataModule, world: World) 
         "val_data": data.val_key,
     }
     if sources.vision is not None:
-        sizes = hashlib.sha256(describe_vision(sources.vision).encode()).hexdigest()[:16]
-        settings |= {"image_part": sources.base.get("image_part"), "image_sizes": sizes}
         settings |= {"image_transform": config.data.image_transform}
     return json.loads(json.dumps(settings))  # as run.json will give it back
 

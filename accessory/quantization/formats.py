@@ -181,6 +181,7 @@ def quantization_config(
             f"format={format.value} cannot hold columns in another order (gptq.actorder without static_groups); use "
             "format=auto_gptq, or gptq.static_groups=true"
         )
+    symmetric = all_symmetric(schemes.values())  # of all, as the tensors are packed
     schemes = {name: scheme for name, scheme in schemes.items() if not is_image_part(name)}
     others: dict[str, Optional[Scheme]] = {
         name: scheme for name, scheme in schemes.items() if scheme != default or name == "lm_head"
@@ -196,7 +197,6 @@ def quantization_config(
         return content | _awq_config(default, others)
     if format is Format.auto_gptq:
         return content | _gptq_config(schemes, others, reordered)
-    symmetric = all_symmetric(schemes.values())
     content |= {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq" if symmetric else "auto_round:gptqmodel",

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from accessory.config import BadImages, ModelConfig, Precision
+from accessory.config import BadImages, ModelConfig, Precision, PromptType
 
 
 class Method(str, Enum):
@@ -68,6 +68,8 @@ class CalibrationConfig:
     """At an image that is missing or broken: stop, or skip its sample."""
     add_answer: bool = True
     """Whether the answers of llmc's question-and-answer samples are calibrated on too."""
+    prompt_type: Optional[PromptType] = None
+    """Prompt around the items of data YAMLs that name none, as in training."""
     apply_chat_template: bool = False
     """Put samples into the tokenizer's chat template."""
 
@@ -79,7 +81,7 @@ class AutoRoundConfig:
     iters: Optional[int] = None
     """Tuning iterations a block. Unset: as the recipe says."""
     lr: Optional[float] = None
-    """Learning rate of the rounding. Unset: 1 / iters."""
+    """Learning rate of the rounding. Unset: 1 / iters (twice that with 3 bits or fewer from 1000 iterations)."""
     minmax_lr: Optional[float] = None
     """Learning rate of the weight ranges. Unset: lr."""
     enable_quanted_input: bool = True
@@ -136,8 +138,8 @@ class EvalPosition(str, Enum):
 @dataclass
 class EvaluationConfig:
     text: Optional[str] = None
-    """What perplexity is measured on: a plain text file, llmc's samples.json or a data YAML (its answers). Unset: on
-    the calibration rows."""
+    """What perplexity is measured on, besides the calibration rows: a plain text file, llmc's samples.json or a data
+    YAML (its answers)."""
     name: Optional[str] = None
     """What to call it in `EVAL: ppl on … is …`. Unset: the file's name."""
     eval_pos: list[EvalPosition] = field(default_factory=lambda: [EvalPosition.pretrain, EvalPosition.fake_quant])
@@ -156,7 +158,8 @@ class QuantizeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     output_dir: str = MISSING
-    """Folder to write; must not hold anything. Work that was interrupted lies beside it and is continued."""
+    """Folder to write; must not hold anything. Work that was interrupted lies beside it and is continued (not that on
+    LLaVA-type folders)."""
     method: Method = Method.autoround
     """autoround, rtn, awq, gptq, or int8 (rtn with 8 bits, symmetric, per channel)."""
     bits: int = 4
@@ -167,13 +170,13 @@ class QuantizeConfig:
     sym: Optional[bool] = None
     """Symmetric: no zero points. Unset: yes for autoround and with 8 bits, else no."""
     scheme: Optional[str] = None
-    """The same in AutoRound's words: W4A16, W2A16G64, sym or asym. Wins over bits, group_size and sym."""
+    """In AutoRound's words: bits, or bits and group size (W4A16, W2A16G64), or sym, or asym; wins over those keys."""
     format: str = Format.auto_round.value
     """auto_round, auto_gptq or auto_awq (4 bits only). Several, separated by commas, are written into folders of those
     names in output_dir."""
     layer_config: Any = None
     """Other settings for some linears, as JSON or a JSON file: {"model.layers.0.mlp.down_proj": {"bits": 8}}; keys may
-    be regular expressions, 16 bits leave a linear as it is."""
+    be regular expressions, 16 bits leave a linear unquantized."""
     quant_lm_head: bool = False
     """Quantize the output layer too."""
     vision: bool = False
@@ -187,7 +190,8 @@ class QuantizeConfig:
     device: Optional[str] = None
     """cuda, cuda:1, cpu; unset: cuda where there is one."""
     precision: Optional[Precision] = None
-    """Compute type of the calibration's forward passes: bf16, fp16 or tf32 (fp32). Unset: as the base is stored."""
+    """Type that the base is read into: of forward passes, of weights before they are rounded, and of what is left
+    unquantized: bf16, fp16 or tf32 (fp32). Unset: as the base is stored."""
     seed: int = 42
     """Seed of the choice of samples and of tuning."""
     save_trans: Optional[str] = None

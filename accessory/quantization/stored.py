@@ -75,6 +75,8 @@ def read_statement(content: Any, source: str) -> Stated:
     elif method == "gptq":
         layout = _known(content, source, ("checkpoint_format", "format"), _GPTQ_VERSIONS, "gptq")
         dynamic = content.get("dynamic") or {}
+        if not isinstance(dynamic, dict):
+            raise UserError(f"{source}: dynamic is a {type(dynamic).__name__}, expected an object")
         exceptions = {key.removeprefix("+:"): value for key, value in dynamic.items() if not key.startswith("-:")}
     elif method == "awq":
         layout = _known(content, source, ("version",), {"gemm": AWQ}, "gemm")
@@ -84,6 +86,8 @@ def read_statement(content: Any, source: str) -> Stated:
             f"{source}: quant_method={method!r} cannot be read; auto-round, gptq and awq can. Name the 16-bit model "
             "instead: it can be quantized while loading (--quant) or once for all (scripts/quantize.py)"
         )
+    if exceptions is not None and not isinstance(exceptions, dict):
+        raise UserError(f"{source}: exceptions for some linears are a {type(exceptions).__name__}, expected an object")
     if content.get("data_type", "int") != "int" or (content.get("act_bits") or 16) < 16:
         raise UserError(f"{source}: only weights in whole numbers and activations in 16 bit can be read")
     sym = content.get("sym", not content.get("zero_point", True) if method == "awq" else True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import alpaca_items, corpus
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import accessory
 from accessory.config import ModelConfig, Precision
 from accessory.errors import UserError
-from accessory.quantization import block_linears, rtn
+from accessory.quantization import block_linears, job, linear_weight, rtn
 from accessory.quantization.int4 import Int4
 from accessory.quantization.job import quantize_base
 from accessory.quantization.job.plan import make_plan
+from accessory.quantization.job.work import Work
 from accessory.quantization.methods import gptq
 from accessory.quantization.options import (
     AutoRoundConfig,
@@ -281,6 +283,35 @@ def test_a_multimodal_model_is_calibrated_on_images_and_text(qformer_folder, pic
     assert sorted(in_vision) == (sorted(linears) if vision else [])
 
 
+@pytest.mark.parametrize("method", [Method.rtn, Method.int8], ids=lambda method: method.value)
+def test_the_image_part_is_rounded_without_data_too(qformer_folder, tmp_path, method):
+    folder = quantized(qformer_folder, tmp_path / "out", method, vision=True, group_size=-1, sym=method is Method.int8)
+    packed = [n for n, m in accessory.load_model(str(folder)).named_modules() if hasattr(m, "backend")]
+    base = accessory.load_model(str(qformer_folder))
+    linears = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.startswith("qformer")]
+    assert sorted(n for n in packed if n.startswith("qformer")) == sorted(linears)
+
+
+@pytest.mark.parametrize(("sym", "of_images"), [(True, False), (False, True)])
+def test_parts_of_which_one_is_symmetric_are_read_as_they_were_rounded(qformer_folder, tmp_path, sym, of_images):
+    """Files have one layout for all: that of the asymmetric."""
+    exceptions = json.dumps({"^qformer": {"sym": of_images}})
+    folder = quantized(
+        qformer_folder, tmp_path / "out", Method.rtn, vision=True, group_size=-1, sym=sym, layer_config=exceptions
+    )
+    model, base = accessory.load_model(str(folder)), accessory.load_model(str(qformer_folder))
+    for name in ("model.layers.0.mlp.up_proj", "qformer.vision_model.encoder.layers.0.mlp.fc1"):
+        weight = linear_weight(base.get_submodule(name), torch.float32)
+        scheme = Scheme(4, -1, of_images if name.startswith("qformer") else sym)
+        expected = rtn.quantize(weight, scheme).dequantize(torch.float32)
+        assert torch.equal(model.get_submodule(name).dequantize(torch.float32), expected)
+
+
+def test_vision_needs_images_to_be_calibrated_on(qformer_folder, text, tmp_path):
+    with pytest.raises(UserError, match=r"vision=true: .* holds no image"):
+        quantized(qformer_folder, tmp_path / "out", Method.gptq, text, vision=True, group_size=-1)
+
+
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
@@ -324,8 +355,40 @@ def test_interrupted_work_is_not_continued_with_other_settings(hf_folder, text, 
         with pytest.raises(ZeroDivisionError):
             quantized(hf_folder, out, Method.gptq, text)
     assert not out.exists()
-    with pytest.raises(UserError, match=r"\.out\.work: an interrupted quantization with gptq=.*0\.01.*now.*0\.1"):
+    with pytest.raises(
+        UserError, match=r"\.out\.work: an interrupted .* with gptq.percdamp=0\.01, now gptq.percdamp=0\.1"
+    ):
         quantized(hf_folder, out, Method.gptq, text, gptq=GptqConfig(percdamp=0.1))
+
+
+def test_work_on_another_architecture_is_other_work(meta_folder, tmp_path):
+    """Two LLaMAs of the same weights that compute differently."""
+    params = json.loads((meta_folder / "params.json").read_text())
+    plans = []
+    for eps in (1e-5, 1e-2):
+        (tmp_path / "params.json").write_text(json.dumps(params | {"norm_eps": eps}))
+        config = settings(meta_folder, tmp_path / "out", Method.rtn)
+        config.model.llama_config = [str(tmp_path / "params.json")]
+        plans.append(make_plan(config).settings)
+    assert plans[0] != plans[1]
+
+
+def test_a_damaged_block_is_done_again(hf_folder, text, tmp_path, monkeypatch):
+    whole = quantized(hf_folder, tmp_path / "whole", Method.gptq, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_folder", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantized(hf_folder, tmp_path / "out", Method.gptq, text)
+    block = tmp_path / ".out.work" / "block-0001.safetensors"
+    block.write_bytes(block.read_bytes()[:-50])
+    assert digest(quantized(hf_folder, tmp_path / "out", Method.gptq, text)) == digest(whole)
+
+
+def test_a_second_job_on_one_output_is_refused(hf_folder, tmp_path):
+    plan = make_plan(settings(hf_folder, tmp_path / "out", Method.rtn))
+    with Work(tmp_path / "out", plan.settings).locked(), pytest.raises(UserError, match="another job is at work"):
+        quantized(hf_folder, tmp_path / "out", Method.rtn)
+    quantized(hf_folder, tmp_path / "out", Method.rtn)
 
 
 def test_a_result_that_reads_back_otherwise_is_not_kept(hf_folder, tmp_path, monkeypatch):
@@ -350,6 +413,10 @@ def test_a_result_that_reads_back_otherwise_is_not_kept(hf_folder, tmp_path, mon
         ({"save_trans": "x"}, "only awq changes the floating-point model"),
         ({"calib": CalibrationConfig(nsamples=0)}, "--nsamples 0"),
         ({"seed": -1}, "--seed -1"),
+        ({"eval": EvaluationConfig(seqlen=1)}, "eval.seqlen=1: must be at least 2"),
+        ({"eval": EvaluationConfig(batch_size=0)}, "eval.batch_size=0"),
+        ({"autoround": AutoRoundConfig(lr=float("nan"))}, "--lr nan: must be a number above 0"),
+        ({"gptq": GptqConfig(percdamp=float("inf"))}, "gptq.percdamp=inf"),
         (
             {"method": Method.gptq, "gptq": GptqConfig(static_groups=False), "format": "auto_awq"},
             "only auto_gptq holds g_idx",
@@ -361,6 +428,44 @@ def test_impossible_settings_are_refused_before_anything_is_read(tmp_path, chang
     method = changes.pop("method", Method.rtn)
     with pytest.raises(UserError, match=message):
         quantized(tmp_path / "no such base", tmp_path / "out", method, **changes)
+
+
+@pytest.mark.parametrize("inner", ["", "/below"])
+def test_the_adjusted_model_has_a_folder_of_its_own(hf_folder, text, tmp_path, inner):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="lie in each other"):
+        quantized(hf_folder, out, Method.awq, text, save_trans=f"{out}{inner}")
+
+
+def test_a_base_that_lacks_a_weight_is_refused_before_any_work(hf_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(hf_folder, base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, the first is model.layers.1.mlp.up_proj.weight"):
+        quantized(base, tmp_path / "out", Method.rtn)
+    assert not (tmp_path / ".out.work").exists()
+
+
+def test_a_text_without_a_whole_window_is_refused_before_any_work(hf_folder, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(UserError, match=r"short.txt: \d+ tokens, fewer than one window of eval.seqlen=512"):
+        quantized(hf_folder, tmp_path / "out", Method.rtn, eval=EvaluationConfig(text=str(short)))
+
+
+def test_an_output_that_cannot_be_made_is_one_line(hf_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir.*cannot be written"):
+        quantized(hf_folder, tmp_path / "file" / "out", Method.rtn)
+
+
+def test_a_format_that_cannot_hold_the_model_is_refused_before_any_work(hf_folder, text, tmp_path):
+    rule = json.dumps({"down_proj": {"group_size": -1}})
+    with pytest.raises(UserError, match="format=auto_awq"):
+        quantized(hf_folder, tmp_path / "out", Method.gptq, text, format="auto_round,auto_awq", layer_config=rule)
+    assert not (tmp_path / ".out.work").exists()
 
 
 def test_a_quantized_base_is_not_quantized_again(hf_folder, tmp_path):

@@ -39,7 +39,7 @@ class Samples:
 
     def __init__(self, request: Request, config: CalibrationConfig, tokenizer: Tokenizer, takes_images: bool):
         self.name, self.request = str(request.path), request
-        self._parts = open_parts(request, config.image_root)
+        self._parts = open_parts(request, config.image_root, config.prompt_type)
         self._ends = list(itertools.accumulate(len(part.items) for part in self._parts))
         self._tokenizer, self._takes_images, self._add_answer = tokenizer, takes_images, config.add_answer
 

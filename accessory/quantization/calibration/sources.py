@@ -181,7 +181,7 @@ class Part:
         return any(item.get(key) for key in (*IMAGE_KEYS, *(["url"] if is_caption else [])))
 
 
-def open_parts(request: Request, image_root: Optional[str]) -> list[Part]:
+def open_parts(request: Request, image_root: Optional[str], prompt_type: Optional[PromptType] = None) -> list[Part]:
     """The files of an entry, none of their samples looked at yet."""
     path = request.path
     if image_root is not None and not Path(image_root).expanduser().is_dir():
@@ -191,7 +191,7 @@ def open_parts(request: Request, image_root: Optional[str]) -> list[Part]:
             return _open_folder(path, request, image_root)
         if path.suffix.lower() in (".yaml", ".yml"):
             _refuse_whole(path, request)
-            entries = read_data_config(str(path), None)
+            entries = read_data_config(str(path), prompt_type)
             check_roots(entries, None)
             return [Part(entry, _listed(entry.path), image_folders(entry, image_root)) for entry in entries]
         return [_open_file(path, request, image_root)]

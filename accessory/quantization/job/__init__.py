@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Optional
 
+from accessory.errors import UserError
 from accessory.export import check_target
 from accessory.files import atomic_folder
 from accessory.quantization.job.flow import Flow
@@ -25,16 +28,24 @@ def quantize_base(config: QuantizeConfig) -> Path:
     """
     target = Path(config.output_dir).expanduser()
     trans = Path(config.save_trans).expanduser() if config.save_trans is not None else None
-    for folder in (target, trans):
-        if folder is not None:
-            check_target(folder)
+    check_target(target)
+    if trans is not None:
+        _check_trans(trans, target)
     plan = make_plan(config)
     texts = Texts(plan)
+    configs = [model_config(plan, kind) for kind in plan.formats]  # all of them: one may not hold this model
     work = Work(target, plan.settings)
-    print(describe_plan(plan, work), flush=True)
-    work.open(model_config(plan, plan.formats[0]))
+    with work.locked():
+        work.open(configs[0])
+        print(describe_plan(plan, work), flush=True)
+        _work(plan, work, texts, target, trans)
+    return target
+
+
+def _work(plan: Plan, work: Work, texts: Texts, target: Path, trans: Optional[Path]) -> None:
     began = time.monotonic()
-    with PeakMemory(plan.device) as memory, atomic_folder(target) as partial:
+    in_trans = nullcontext() if trans is None else atomic_folder(trans)
+    with PeakMemory(plan.device) as memory, atomic_folder(target) as partial, in_trans as partial_trans:
         flow = Flow(plan, work, memory)
         hidden = flow.run()
         folders = {kind: partial if len(plan.formats) == 1 else partial / kind.value for kind in plan.formats}
@@ -43,17 +54,24 @@ def quantize_base(config: QuantizeConfig) -> Path:
             write_folder(plan, work.files(), folder, kind)
             check_reloaded(folder, hidden, flow)
         seconds, peak = time.monotonic() - began, memory.gib
-        measured = perplexity_on_rows(plan, hidden, flow) if plan.is_calibrated else {}
-        if trans is not None:
-            with atomic_folder(trans) as partial_trans:
-                write_folder(plan, work.files(TRANS), partial_trans, None)
-        measured = {"calibration": measured} | texts.measure(folders[plan.formats[0]], trans)
+        measured = {"calibration": perplexity_on_rows(plan, hidden, flow) if plan.is_calibrated else {}}
+        del flow, hidden  # before whole models are loaded
+        if partial_trans is not None:
+            write_folder(plan, work.files(TRANS), partial_trans, None)
+        measured |= texts.measure(folders[plan.formats[0]], partial_trans)
         content = manifest(plan, measured, seconds, peak)
         for folder in folders.values():
             (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n")
     work.remove()
     print(f"wrote {target} ({_size(target)}, {seconds:.0f} s, peak {peak:.2f} GiB)", flush=True)
-    return target
+
+
+def _check_trans(trans: Path, target: Path) -> None:
+    one, other = trans.absolute(), target.absolute()
+    if one == other or one in other.parents or other in one.parents:
+        raise UserError(f"save_trans={trans}: and output_dir {target} lie in each other; give each its own folder")
+    if trans.exists():
+        raise UserError(f"save_trans={trans}: exists already; choose another, or remove it")
 
 
 def describe_plan(plan: Plan, work: Work) -> str:

@@ -45,12 +45,15 @@ def calibrate_base(config: Config) -> Config:
 
 def _job(config: Config) -> QuantizeConfig:
     wanted, data = config.quantization, config.data
+    nsamples = 128 if wanted.nsamples is None else wanted.nsamples
     calibration = CalibrationConfig(
         dataset=wanted.dataset or f'"{data.data_config}"',
-        nsamples=wanted.nsamples or 128,
-        seqlen=wanted.seqlen or data.max_words,
+        nsamples=nsamples,
+        batch_size=max(1, min(8, nsamples)),
+        seqlen=data.max_words if wanted.seqlen is None else wanted.seqlen,
         image_root=data.image_root,
         bad_images=data.bad_images,
+        prompt_type=data.prompt_type,
         allow_fewer=True,
     )
     return QuantizeConfig(
@@ -82,8 +85,10 @@ def _quantize(job: QuantizeConfig) -> None:
     """In a process of its own: auto-round patches transformers and reseeds, and its memory is given back whole."""
     settings = Path(f"{job.output_dir}.yaml")
     settings.write_text(OmegaConf.to_yaml(OmegaConf.structured(job)))
-    result = subprocess.run([sys.executable, "-m", "accessory.quantization", str(settings)])
-    settings.unlink()
+    try:
+        result = subprocess.run([sys.executable, "-m", "accessory.quantization", str(settings)])
+    finally:
+        settings.unlink()
     if result.returncode == 2:
         raise UserError(f"quantization={job.method.value}: the base could not be quantized; the line above says why")
     if result.returncode:

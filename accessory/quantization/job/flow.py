@@ -62,16 +62,17 @@ class Flow:
         """Quantize everything; returns the hidden states before the final norm."""
         blocks, vision = self._language_units(), self._vision_units()
         has_head = "lm_head" in self.plan.schemes
-        total = len(blocks) + len(vision) + bool(vision) + has_head
+        total = len(blocks) + len(vision) + self.plan.config.vision + has_head
         name = self.plan.config.method.value
         with tqdm(total=total, desc=name, unit="block", disable=not sys.stderr.isatty()) as bar:
             if vision:
                 patches = self._patches()
                 self._through(vision, Hidden(patches, patches), bar)
+            if self.plan.config.vision:
                 self._round_rest_of_image_part(bar)
             hidden = self._through(blocks, self._embedded(), bar)
             if has_head:
-                self._through([Unit(["lm_head"], lambda head, x: head(x))], self._normed(hidden), bar)
+                self._quantize_head(hidden, bar)
         return hidden
 
     def streamed(self, sources: Sources) -> Streamed:
@@ -101,7 +102,7 @@ class Flow:
         return [Unit(paths[start : start + together], call) for start in range(0, len(paths), together)]
 
     def _vision_units(self) -> list[Unit]:
-        if not self.plan.config.vision:
+        if not (self.plan.config.vision and self.plan.is_calibrated):
             return []
         count = self.plan.sources.vision.vision_config.num_hidden_layers
         return [Unit([f"{VISION_BLOCKS}.{i}"], lambda block, x: block(x)) for i in range(count)]
@@ -110,27 +111,35 @@ class Flow:
         """Images in front of the vision model's blocks: a batch for each row that has some."""
         with self.float.loaded("qformer.vision_model.embeddings") as (embeddings,):
             found = (self.plan.rows.pixels(i) for i in range(len(self.plan.rows.ids)))
-            shown = [pixels.to(self.plan.device, self.plan.dtype) for pixels in found if pixels is not None]
-            return self._stored([embeddings(pixels) for pixels in shown])
+            return [
+                embeddings(pixels.to(self.plan.device, self.plan.dtype)).to(self.plan.store)
+                for pixels in found
+                if pixels is not None
+            ]
 
     def _embedded(self) -> Hidden:
-        rows, size = self.plan.rows, self.plan.config.calib.batch_size
-        reference = self._stored(self.float.embed(rows.ids, rows.pixels, size))
+        rows, size, store = self.plan.rows, self.plan.config.calib.batch_size, self.plan.store
+        reference = [x.to(store) for x in self.float.embed(rows.ids, rows.pixels, size)]
         if not self.plan.config.vision:
             return Hidden(reference, reference)
-        return Hidden(reference, self._stored(self.packed.embed(rows.ids, rows.pixels, size)))
+        return Hidden(reference, [x.to(store) for x in self.packed.embed(rows.ids, rows.pixels, size)])
 
-    def _normed(self, hidden: Hidden) -> Hidden:
-        """In front of the output layer; so few rows that their logits fit."""
-        row_bytes = hidden.inputs[0].shape[1] * self.plan.sources.architecture.vocab_size * 4
-        batches = max(1, HEAD_BYTES // (row_bytes * len(hidden.inputs[0])))
-        with self.float.loaded("model.norm") as (norm,):
-            reference, inputs = ([norm(x.to(self.plan.device)) for x in part[:batches]] for part in
-                                 (hidden.reference, hidden.inputs))  # fmt: skip
-        return Hidden(self._stored(reference), self._stored(inputs))
-
-    def _stored(self, batches: list[Tensor]) -> list[Tensor]:
-        return [batch.to(self.plan.store) for batch in batches]
+    def _quantize_head(self, hidden: Hidden, bar: tqdm) -> None:
+        """The output layer; AutoRound, which compares logits, sees so few rows that they fit."""
+        plan = self.plan
+        index, self._done = self._done, self._done + 1
+        if not self.work.is_done(index):
+            row_bytes = plan.rows.ids.shape[1] * plan.sources.architecture.vocab_size * 4
+            rows = max(1, HEAD_BYTES // row_bytes) if plan.config.method is Method.autoround else len(plan.rows.ids)
+            with self.float.loaded("model.norm") as (norm,):
+                reference, inputs = (
+                    [norm(x.to(plan.device)).to(plan.store) for x in _first_rows(batches, rows)]
+                    for batches in (hidden.reference, hidden.inputs)
+                )
+            unit = Unit(["lm_head"], lambda head, x: head(x))
+            with self.float.loaded("lm_head") as blocks:
+                self._quantize(index, blocks, unit, Hidden(reference, inputs))
+        bar.update()
 
     # --- the blocks ---
 
@@ -155,7 +164,7 @@ class Flow:
                 x = unit.call(block, x)
             return x
 
-        return self._stored([through(batch.to(self.plan.device)) for batch in batches])
+        return [through(batch.to(self.plan.device)).to(self.plan.store) for batch in batches]
 
     def _quantize(self, index: int, blocks: Chain, unit: Unit, hidden: Hidden) -> None:
         plan = self.plan
@@ -177,20 +186,28 @@ class Flow:
 
     def _write(self, index: int, packed: dict[str, Packed], kept: dict[str, Tensor]) -> None:
         kinds, is_symmetric = self.plan.formats, formats.all_symmetric(self.plan.schemes.values())
-        tensors = dict(kept)
+        tensors, stored = dict(kept), {}
         for name, weight in packed.items():
             for kind in kinds:  # what one of them cannot hold, all do without
                 weight = formats.representable(weight, kind)
+            stored[name] = weight
             tensors |= formats.pack(name, weight, kinds[0], is_symmetric)
         self.work.write(index, tensors)
+        written = open_folder(self.work.folder)
+        for name, weight in stored.items():  # that layout and configuration mean the same
+            read = written.tensor(f"{name}.weight")
+            same = torch.equal(read.codes, weight.codes.cpu()) and torch.equal(read.zeros, weight.zeros.cpu())
+            if not (same and torch.equal(read.scales, weight.scales.cpu())):
+                raise RuntimeError(f"{self.work.folder}: {name} is not read as it was written")
 
     def _round_rest_of_image_part(self, bar: tqdm) -> None:
-        """Q-Former and projector, without calibration."""
+        """Q-Former and projector, without calibration; the vision model too, where there is none at all."""
         from accessory.quantization import rtn
 
         index, self._done = self._done, self._done + 1
         if not self.work.is_done(index):
-            names = [name for name in self.plan.schemes if name.startswith("qformer") and VISION_BLOCKS not in name]
+            calibrated = VISION_BLOCKS if self.plan.is_calibrated else "nothing of the image part"
+            names = [name for name in self.plan.schemes if name.startswith("qformer") and calibrated not in name]
             packed, kept = {}, {}
             for name in names:
                 with self.float.loaded(name) as (linear,):
@@ -205,6 +222,15 @@ def _named(tensors: dict, unit: Unit) -> dict:
     """Names in a chain (0.mlp.down_proj) -> names in the model."""
     return {f"{unit.paths[int(i)]}{dot}{rest}": value for name, value in tensors.items()
             for i, dot, rest in [name.partition(".")]}  # fmt: skip
+
+
+def _first_rows(batches: list[Tensor], count: int) -> list[Tensor]:
+    """The first `count` rows of batches."""
+    kept = []
+    for batch in batches:
+        kept.append(batch[: max(0, count)])
+        count -= len(batch)
+    return [batch for batch in kept if len(batch)]
 
 
 def _error(reference: list[Tensor], inputs: list[Tensor]) -> float:

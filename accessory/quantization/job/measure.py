@@ -35,10 +35,11 @@ def perplexity_on_rows(plan: Plan, hidden: Hidden, flow: Flow) -> dict[str, floa
         ("fake_quant", flow.packed, hidden.inputs),
     ):
         nll, tokens = 0.0, 0
-        for batch, ids in zip(batches, plan.rows.ids.split(plan.config.calib.batch_size), strict=True):
-            targets = _targets(ids)
-            nll += summed_cross_entropy(*streamed.head(batch), targets.to(plan.device)).item()
-            tokens += int((targets >= 0).sum())
+        with streamed.head() as head:
+            for batch, ids in zip(batches, plan.rows.ids.split(plan.config.calib.batch_size), strict=True):
+                targets = _targets(ids)
+                nll += summed_cross_entropy(*head(batch), targets.to(plan.device)).item()
+                tokens += int((targets >= 0).sum())
         found[name] = Perplexity(nll, tokens).value
     return found
 
@@ -56,7 +57,7 @@ class Texts:
     def __init__(self, plan: Plan):
         self.plan, options = plan, plan.config.eval
         self.name = options.name or (Path(options.text).name if options.text is not None else None)
-        self._measure = self._protocol() if options.text is not None else None
+        self._measure = self._protocol() if options.text is not None and options.eval_pos else None
         if EvalPosition.transformed in options.eval_pos and plan.config.save_trans is None:
             raise UserError("eval.eval_pos: transformed is measured on the saved model; set save_trans too")
 
@@ -67,9 +68,13 @@ class Texts:
             image = image_input(self.plan.sources.vision)
             loader = answer_loader(data, self.plan.sources.tokenizer, options.batch_size, image)
             return lambda model: answer_perplexity(model, loader)
-        if path.suffix in (".json", ".jsonl", ".csv"):
+        if path.suffix in (".json", ".jsonl", ".csv") and path.is_file():
             return self._rows_protocol(str(path))
         text = read_text(path)
+        ids = self.plan.sources.tokenizer.encode(text, bos=False, eos=False)
+        usable = min(len(ids), options.max_tokens) if options.max_tokens > 0 else len(ids)
+        if usable < options.seqlen:
+            raise UserError(f"--text {path}: {usable} tokens, fewer than one window of eval.seqlen={options.seqlen}")
         return lambda model: text_perplexity(model, text, options.seqlen, options.max_tokens, options.batch_size)
 
     def _rows_protocol(self, path: str) -> Callable[[Llama], Perplexity]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from accessory import __version__
 from accessory.assemble import Sources, open_sources
 from accessory.bases import Folder
+from accessory.checkpoint import refuse_unfit_weights
 from accessory.errors import UserError
 from accessory.models import build_model, find_device
 from accessory.models.qformer import image_input
@@ -29,7 +31,21 @@ from accessory.strategies import DTYPES
 
 CALIBRATED = (Method.autoround, Method.awq, Method.gptq)
 CHECK_ROWS, CHECK_TOKENS = 2, 64  # of random ids, for methods without calibration data
-SETTING_KEYS = ("method", "layer_config", "quant_lm_head", "vision", "calib", "autoround", "awq", "gptq", "seed")
+SETTING_KEYS = (
+    "bits",
+    "group_size",
+    "sym",
+    "scheme",
+    "method",
+    "layer_config",
+    "quant_lm_head",
+    "vision",
+    "calib",
+    "autoround",
+    "awq",
+    "gptq",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -56,15 +72,20 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What decides the result: interrupted work is continued under the same only."""
         stated = asdict(self.config)
-        return {key: stated[key] for key in SETTING_KEYS} | {
-            "format": self.config.format,
-            "schemes": {name: str(scheme) for name, scheme in self.schemes.items()},
-            "base": self.sources.base,
-            "rows": self.rows.fingerprint,
-            "dtype": str(self.dtype),
-            "save_trans": self.config.save_trans is not None,
-            "versions": self.versions,
-        }
+        for path in ("dataset", "image_root"):  # what was read there counts, not where it lies
+            del stated["calib"][path]
+        return (
+            self.sources.identity
+            | {key: stated[key] for key in SETTING_KEYS}
+            | {
+                "format": self.config.format,
+                "schemes": {name: str(scheme) for name, scheme in self.schemes.items()},
+                "rows": self.rows.fingerprint,
+                "dtype": str(self.dtype),
+                "save_trans": self.config.save_trans is not None,
+                "versions": self.versions,
+            }
+        )
 
     @property
     def versions(self) -> dict[str, str]:
@@ -119,6 +140,7 @@ def make_plan(config: QuantizeConfig) -> Plan:
     _check_image_part(sources)
     model = build_model(sources.architecture, sources.vision)
     schemes = schemes_of(model, config)
+    refuse_unfit_weights(model, sources.folders)
     dtype = DTYPES[config.precision] if config.precision is not None else _stored_dtype(sources.folders[0])
     device = find_device(config.device)
     if device.type == "cpu" and dtype is torch.float16:
@@ -143,6 +165,11 @@ def fill_defaults(config: QuantizeConfig) -> None:
         raise UserError("; ".join(problems))
 
 
+def _is_positive(value: Optional[float]) -> bool:
+    """None: unset, which is fine."""
+    return value is None or (value > 0 and math.isfinite(value))
+
+
 def _checks(config: QuantizeConfig) -> list[tuple[bool, str]]:
     tuning, calib, gptq, awq = config.autoround, config.calib, config.gptq, config.awq
     needs = config.method in CALIBRATED
@@ -164,11 +191,11 @@ def _checks(config: QuantizeConfig) -> list[tuple[bool, str]]:
             config.method is Method.autoround and tuning.iters < 1,
             f"--iters {tuning.iters}: must be at least 1; rounding without tuning is method=rtn",
         ),
-        (tuning.lr is not None and tuning.lr <= 0, f"--lr {tuning.lr}: must be above 0"),
-        (tuning.minmax_lr is not None and tuning.minmax_lr <= 0, f"--minmax_lr {tuning.minmax_lr}: must be above 0"),
+        (not _is_positive(tuning.lr), f"--lr {tuning.lr}: must be a number above 0"),
+        (not _is_positive(tuning.minmax_lr), f"--minmax_lr {tuning.minmax_lr}: must be a number above 0"),
         (tuning.nblocks < 1, f"--nblocks {tuning.nblocks}: must be at least 1"),
         (tuning.gradient_accumulate_steps < 1, "--gradient_accumulate_steps must be at least 1"),
-        (not gptq.percdamp > 0, f"gptq.percdamp={gptq.percdamp}: must be above 0"),
+        (not _is_positive(gptq.percdamp), f"gptq.percdamp={gptq.percdamp}: must be a number above 0"),
         (gptq.blocksize < 1, f"gptq.blocksize={gptq.blocksize}: must be at least 1"),
         (awq.n_grid < 1, f"awq.n_grid={awq.n_grid}: must be at least 1"),
         (
@@ -180,6 +207,8 @@ def _checks(config: QuantizeConfig) -> list[tuple[bool, str]]:
             f"gptq.actorder=true with gptq.static_groups=false and format={config.format}: only auto_gptq holds g_idx; "
             "set gptq.static_groups=true, or format=auto_gptq",
         ),
+        (config.eval.seqlen < 2, f"eval.seqlen={config.eval.seqlen}: must be at least 2"),
+        (config.eval.batch_size < 1, f"eval.batch_size={config.eval.batch_size}: must be at least 1"),
         (not 0 <= config.seed < 2**32, f"--seed {config.seed}: must be in [0, {2**32 - 1}]"),
     ]
 
@@ -229,4 +258,8 @@ def _rows(config: QuantizeConfig, sources: Sources) -> Rows:
     data = read_calibration(
         config.calib, sources.tokenizer, config.calib.nsamples, seqlen, config.seed, image, sources.image_transform
     )
+    if config.vision and not (data.rows < 0).any():
+        raise UserError(
+            f"vision=true: {config.calib.dataset} holds no image to calibrate the vision model on; name image-text data"
+        )
     return Rows(data.rows, data.pixels, data.fingerprint, [line.line() for line in data.report])

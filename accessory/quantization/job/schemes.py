@@ -129,9 +129,8 @@ def assign_schemes(shapes: dict[str, tuple[int, int]], config: QuantizeConfig) -
         name: usual if is_stated else _fitting(usual, in_features) for name, (_, in_features) in shapes.items()
     }
     for key, stated in _layer_config(config).items():
-        scheme = _stated_scheme(stated, usual, key)
         for name in _matching(key, list(shapes)):
-            chosen[name] = scheme
+            chosen[name] = _stated_scheme(stated, usual if is_stated else _fitting(usual, shapes[name][1]), key)
     schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
     if not schemes:
         raise UserError("layer_config leaves every linear in 16 bit: nothing to quantize")

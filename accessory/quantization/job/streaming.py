@@ -38,29 +38,30 @@ class Streamed:
         finally:
             release(modules)
 
-    def embed(self, rows: Tensor, pixels: Callable[[int], Optional[Tensor]], batch_size: int) -> list[Tensor]:
+    def embed(self, rows: Tensor, pixels: Callable[[int], Optional[Tensor]], batch_size: int) -> Iterator[Tensor]:
         """rows: int64 [n, s] -> embeddings, image slots filled, a batch each: [b, s, d]. pixels: see `Rows`."""
         has_images = isinstance(self.model, QFormerLlama) and bool((rows < 0).any())
         image_part = ("qformer", "qformer_proj", "start_img", "end_img") if has_images else ()
-        embeds = []
         with self.loaded("model.embed_tokens", *image_part):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 shown = [pixels(i) for i in range(start, start + len(batch))] if has_images else []
                 images = [image.to(self.device, self.dtype) for image in shown if image is not None]
-                embeds.append(self.model.embed(batch.to(self.device), torch.cat(images) if images else None))
-        return embeds
+                yield self.model.embed(batch.to(self.device), torch.cat(images) if images else None)
 
-    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states before the final norm [b, s, d] -> the same after it, and the output layer's weight [v, d]."""
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Yields what takes hidden states before the final norm [b, s, d] to those after it, and to the output layer's
+        weight [v, d]."""
         output = "model.embed_tokens" if self.model.config.tie_word_embeddings else "lm_head"
         with self.loaded("model.norm", output) as (norm, layer):
-            normed = norm(hidden.to(self.device))
-            return normed, layer.weight if isinstance(layer, nn.Embedding) else linear_weight(layer, normed.dtype)
+            weight = layer.weight if isinstance(layer, nn.Embedding) else linear_weight(layer, self.dtype)
+            yield lambda hidden: (norm(hidden.to(self.device)), weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states before the final norm [b, s, d] -> logits float32 [b, s, v]."""
-        return nn.functional.linear(*self.head(hidden)).float()
+        with self.head() as head:
+            return nn.functional.linear(*head(hidden)).float()
 
     def rope(self, seqlen: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions 0 … seqlen-1, each [1, 1, s, e] in the compute type."""

@@ -1,7 +1,7 @@
 """Multimodal models of others (LLaVA and its kind): a Hugging Face folder -> an int4 one, tuned by auto-round's own
 multimodal mode.
 
-What can be wrong is looked at here; then a process of its own (llava_worker.py) loads the model, has auto-round tune
+What can be wrong is looked at here; then a process of its own (worker.py) loads the model, has auto-round tune
 it, writes the folder, and reads it back. auto-round's exporter is not used: of transformers' LLaVA it writes a folder
 that loads with random weights (0.16.1: its block_name_to_quantize names no module), and it turns the rest into bf16.
 

@@ -124,11 +124,10 @@ def _accumulated(job: Job) -> int:
 
 def _compare(tuner: Any, job: Job, dtype: torch.dtype) -> None:
     options, tuned, calibrated = job.config.autoround, tuner.alg_composer.block_quantizer, tuner.calibration_context
-    lr = 1 / options.iters if options.lr is None else options.lr
     wanted = {
         "iters": (options.iters, tuned.iters),
-        "lr": (lr, tuned.lr),
-        "minmax_lr": (lr if options.minmax_lr is None else options.minmax_lr, tuned.minmax_lr),
+        "lr": (options.lr or tuned.lr, tuned.lr),  # unset: auto-round's own rule
+        "minmax_lr": (options.minmax_lr or tuned.lr, tuned.minmax_lr),
         "enable_quanted_input": (options.enable_quanted_input, tuned.enable_quanted_input),
         "enable_minmax_tuning": (options.enable_minmax_tuning, tuned.enable_minmax_tuning),
         "gradient_accumulate_steps": (_accumulated(job), tuned.gradient_accumulate_steps),

@@ -1,4 +1,4 @@
-"""The process in which a multimodal model of others is quantized (llava.py says what and why).
+"""The process in which a multimodal model of others is quantized (the package says what and why).
 
 auto-round patches transformers, torch's print options and the random state, so it never runs beside anything else.
 """

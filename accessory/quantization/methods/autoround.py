@@ -56,16 +56,12 @@ class _Model(nn.Module):
 
     name_or_path = ""
 
-    def __init__(self, blocks: _Blocks):
+    def __init__(self, blocks: _Blocks, dtype: torch.dtype):
         super().__init__()
         from transformers import PretrainedConfig
 
         self.layers = nn.ModuleList([blocks])
-        self.config = PretrainedConfig()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        self.config, self.dtype = PretrainedConfig(), dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.layers[0](*args, **kwargs)
@@ -77,7 +73,7 @@ def tune(
     """Tune the rounding of the blocks' linears and return them in whole numbers; `blocks` change in place."""
     wrapped = _Blocks(blocks, calibration)
     with _quiet(), torch.enable_grad():
-        tuner = _tuner(_Model(wrapped), schemes, calibration, config)
+        tuner = _tuner(_Model(wrapped, calibration.inputs[0].dtype), schemes, calibration, config)
         tuner.post_init()
         dtype = tuner.model_context.amp_dtype
         wrapped.to(dtype)
