@@ -262,6 +262,9 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run an entry point; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        sys.exit(130)
     except UserError as error:
         first = int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first or isinstance(error, OwnError):

@@ -108,7 +108,10 @@ def compare(what: Comparison, say: Callable[[str], None] = print) -> list[Row]:
     """A row for each method, in order; written after each as JSON and table, at the end as a chart. A method that fails
     becomes a row that says why."""
     _check(what)
-    what.output.mkdir(parents=True, exist_ok=True)
+    try:
+        what.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {what.output}: cannot be written ({error.strerror})") from None
     rows: list[Row] = []
     costs = [_cost(what, name) for name in what.methods]
     began = time.monotonic()

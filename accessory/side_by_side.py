@@ -83,9 +83,22 @@ def open_reference(
         raise UserError(f"--side_by_side, the 16-bit form: {error}{hint}") from None
     if opened.folders[0].packed:
         raise UserError(f"--side_by_side: {folders[0]} is quantized itself; name a 16-bit base with --reference")
+    _check_source(opened, base)
     if require_tokenizer(opened).fingerprint() != require_tokenizer(quantized).fingerprint():
         raise UserError(f"--side_by_side: {folders[0]} has another tokenizer than {base.path}: is it its base?")
     return opened
+
+
+def _check_source(opened: Sources, base: Folder) -> None:
+    """Refuse a reference that the quantized folder was not made from, where it says what it was made from."""
+    manifest = base.path / MANIFEST_FILE
+    wanted = read_json(manifest).get("source_fingerprint") if base.packed and manifest.is_file() else None
+    found = opened.base["fingerprint"]
+    if wanted is not None and wanted != found:
+        raise UserError(
+            f"--side_by_side: {base.path} was made from a base with fingerprint {wanted}, "
+            f"{opened.folders[0].path} has {found}; name that base with --reference"
+        )
 
 
 def _source(base: Folder) -> str:

@@ -17,6 +17,7 @@ import _checkout  # noqa: F401
 from accessory.cli import run_command
 from accessory.compare import CANDIDATES, Comparison, compare
 from accessory.config import Precision
+from accessory.errors import UserError
 
 
 def main() -> None:
@@ -36,7 +37,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=[p.value for p in Precision], default="bf16", help="compute type")
     given = vars(parser.parse_args())
     base, precision = given.pop("pretrained_path"), Precision(given.pop("precision"))
-    run_command(lambda: compare(Comparison(base=base, precision=precision, **given)))
+    run_command(lambda: _compare(Comparison(base=base, precision=precision, **given)))
+
+
+def _compare(what: Comparison) -> None:
+    if all(row.ppl is None for row in compare(what)):
+        raise UserError("no method gave a figure; the table says why")
 
 
 if __name__ == "__main__":

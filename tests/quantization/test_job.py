@@ -88,8 +88,7 @@ def digest(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module", params=[*CALIBRATED, Method.rtn, Method.int8], ids=lambda method: method.value)
 def result(request, tmp_path_factory, hf_folder, text) -> tuple[Method, Path]:
     out = tmp_path_factory.mktemp("job") / "out"
-    changes = {"bits": 8, "group_size": -1, "sym": None} if request.param is Method.int8 else {}
-    return request.param, quantized(hf_folder, out, request.param, text, **changes)
+    return request.param, quantized(hf_folder, out, request.param, text)
 
 
 def test_every_linear_of_the_blocks_is_packed_and_the_rest_is_as_in_the_base(result, hf_folder):

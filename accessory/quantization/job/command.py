@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from accessory.cli import MODEL_FLAGS, Flag, launch, parse_override, rewrite, run_command
@@ -83,8 +85,14 @@ def quantize_main() -> None:
     if any(word.partition("=")[0] == LLMC_FLAG for word in sys.argv[1:]):
         run_command(lambda: _quantize(_from_llmc(sys.argv[1:])))
     else:
-        job = lambda node: run_command(lambda: _quantize(to_typed(node, QuantizeConfig)))
-        launch("quantize", QUANTIZE_FLAGS, QuantizeConfig, job)
+        launch("quantize", QUANTIZE_FLAGS, QuantizeConfig, lambda node: run_command(lambda: _job(node)))
+
+
+def _job(node: DictConfig) -> None:
+    config = to_typed(node, QuantizeConfig)
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        config.output_dir = str(Path(config.output_dir) / str(HydraConfig.get().job.num))
+    _quantize(config)
 
 
 def _quantize(config: QuantizeConfig) -> None:

@@ -153,7 +153,10 @@ class Flow:
                     self._quantize(index, blocks, unit, hidden)
             with self.packed.loaded(*unit.paths) as blocks:
                 inputs = self._run(blocks, hidden.inputs, unit)
-            bar.set_postfix_str(f"error {_error(reference, inputs):.2e}, peak {self.memory.gib:.2f} GiB", refresh=False)
+            told = f"error {_error(reference, inputs):.2e}, peak {self.memory.gib:.2f} GiB"
+            if bar.disable:  # a log instead of a terminal
+                print(f"block {index + 1} of {bar.total}: {told}", flush=True)
+            bar.set_postfix_str(told, refresh=False)
             bar.update()
             hidden = Hidden(reference, inputs)
         return hidden

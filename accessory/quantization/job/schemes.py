@@ -26,8 +26,8 @@ UNQUANTIZED_BITS = 16
 def default_scheme(config: QuantizeConfig) -> Scheme:
     """bits, group_size and sym of the configuration, with each method's own defaults."""
     stated = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
-    if config.method is Method.int8:
-        stated["bits"] = 8
+    if config.method is Method.int8:  # whose only free setting is the format
+        stated = {"bits": 8, "group_size": -1, "sym": True}
     if config.scheme in ("sym", "asym"):  # AutoRound's word of 2024
         stated["sym"] = config.scheme == "sym"
     elif config.scheme is not None:
