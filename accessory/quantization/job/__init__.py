@@ -69,7 +69,7 @@ def _work(plan: Plan, work: Work, texts: Texts, target: Path, trans: Optional[Pa
 def _check_trans(trans: Path, target: Path) -> None:
     one, other = trans.absolute(), target.absolute()
     if one == other or one in other.parents or other in one.parents:
-        raise UserError(f"save_trans={trans}: and output_dir {target} lie in each other; give each its own folder")
+        raise UserError(f"save_trans={trans} and output_dir={target} lie in each other; give each its own folder")
     if trans.exists():
         raise UserError(f"save_trans={trans}: exists already; choose another, or remove it")
 

@@ -22,6 +22,7 @@ from accessory.quantization.job.work import TRANS, Work
 from accessory.quantization.methods import Calibration, Chain, quantize_unit
 from accessory.quantization.options import Method
 from accessory.quantization.packed import Packed
+from accessory.shards import is_image_part
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 VISION_BLOCKS = "qformer.vision_model.encoder.layers"
@@ -198,9 +199,8 @@ class Flow:
         self.work.write(index, tensors)
         written = open_folder(self.work.folder)
         for name, weight in stored.items():  # that layout and configuration mean the same
-            read = written.tensor(f"{name}.weight")
-            same = torch.equal(read.codes, weight.codes.cpu()) and torch.equal(read.zeros, weight.zeros.cpu())
-            if not (same and torch.equal(read.scales, weight.scales.cpu())):
+            read, meant = written.tensor(f"{name}.weight"), weight.to(torch.device("cpu"))
+            if not torch.equal(read.dequantize(torch.float32), meant.dequantize(torch.float32)):
                 raise RuntimeError(f"{self.work.folder}: {name} is not read as it was written")
 
     def _round_rest_of_image_part(self, bar: tqdm) -> None:
@@ -209,8 +209,9 @@ class Flow:
 
         index, self._done = self._done, self._done + 1
         if not self.work.is_done(index):
-            calibrated = VISION_BLOCKS if self.plan.is_calibrated else "nothing of the image part"
-            names = [name for name in self.plan.schemes if name.startswith("qformer") and calibrated not in name]
+            names = [name for name in self.plan.schemes if is_image_part(name)]
+            if self.plan.is_calibrated:
+                names = [name for name in names if not name.startswith(VISION_BLOCKS)]
             packed, kept = {}, {}
             for name in names:
                 with self.float.loaded(name) as (linear,):
