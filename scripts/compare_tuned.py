@@ -6,8 +6,8 @@
 
 A base is NAME=FOLDER; the name 16bit trains recipe=lora alone (the usual way to fine-tune, and the mark to reach), nf4
 quantizes its folder on load, all others keep what their folder holds. What follows -- goes to main_finetune.py as it
-is. Every run is main_finetune.py and scripts/evaluate.py in processes of their own, `jobs` at a time; runs that are
-finished are not repeated. Writes tuned.json, tuned.txt and tuned.png.
+is. Every run is main_finetune.py and scripts/evaluate.py in processes of their own, `jobs` at a time, spread over the
+GPUs there are; runs that are finished are not repeated. Writes tuned.json, tuned.txt and tuned.png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +57,11 @@ def main() -> None:
     ]
     options.output.mkdir(parents=True, exist_ok=True)
     found: dict[Run, float] = {}
+    gpus: SimpleQueue[str | None] = SimpleQueue()  # a thread holds one for its run
+    for job in range(options.jobs):
+        gpus.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
     with ThreadPoolExecutor(options.jobs) as pool:
-        pending = {pool.submit(perplexity_of, run, options): run for run in runs}
+        pending = {pool.submit(perplexity_of, run, options, gpus): run for run in runs}
         for future in tqdm(as_completed(pending), total=len(runs), unit="run"):
             found[pending[future]] = future.result()
     report(found, options)
@@ -84,28 +89,40 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def perplexity_of(run: Run, options: argparse.Namespace) -> float:
-    """Train, unless that is done, and measure the answers of the test data."""
-    out = options.output / run.name
+def perplexity_of(run: Run, options: argparse.Namespace, gpus: SimpleQueue[str | None]) -> float:
+    """Train and measure the answers of the test data, unless that is done."""
     figures = options.output / f"{run.name}.json"
+    if not figures.exists():
+        gpu = gpus.get()
+        try:
+            train_and_measure(run, options, gpu, figures)
+        finally:
+            gpus.put(gpu)
+    return json.loads(figures.read_text())["ppl"]
+
+
+def train_and_measure(run: Run, options: argparse.Namespace, gpu: str | None, figures: Path) -> None:
+    out = options.output / run.name
     rate = ["--lr", options.lr[run.recipe]] if run.recipe in options.lr else []
     max_words = options.more[options.more.index("--max_words") + 1] if "--max_words" in options.more else "512"
     if not (out / "trainable.safetensors").exists():
         command(
-            run, options, "main_finetune.py", "--pretrained_path", run.folder, "--only_save_trainable",
+            run, options, gpu, "main_finetune.py", "--pretrained_path", run.folder, "--only_save_trainable",
             *run.quantization, f"recipe={run.recipe}", "--data_config", options.data_config, "--seed", str(run.seed),
             "--output_dir", str(out), *rate, *options.more,
         )  # fmt: skip
     command(
-        run, options, "scripts/evaluate.py", "--pretrained_path", run.folder, str(out), *run.quantization,
+        run, options, gpu, "scripts/evaluate.py", "--pretrained_path", run.folder, str(out), *run.quantization,
         "--data_config", options.test_config, "--seqlen", max_words, "--batch_size", "24", "--output", str(figures),
     )  # fmt: skip
-    return json.loads(figures.read_text())["ppl"]
 
 
-def command(run: Run, options: argparse.Namespace, script: str, *words: str) -> None:
+def command(run: Run, options: argparse.Namespace, gpu: str | None, script: str, *words: str) -> None:
     """A script in a process of its own; its output goes to a file beside the run."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if gpu is not None:
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = chosen.split(",")[int(gpu)] if chosen else gpu
     with (options.output / f"{run.name}.log").open("a") as log:
         result = subprocess.run(
             [sys.executable, str(ROOT / script), *words], stdout=log, stderr=subprocess.STDOUT, env=environment
