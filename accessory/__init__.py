@@ -67,7 +67,7 @@ def describe_model(
     llama_config: Union[str, list[str], None] = None,
     tokenizer_path: Optional[str] = None,
 ) -> "ModelConfig":
-    """`load_model`'s arguments as the configuration that `assemble.open_sources` takes."""
+    """`load_model`'s arguments as the configuration that `sources.open_sources` takes."""
     from accessory.config import LlamaType, ModelConfig
     from accessory.errors import UserError
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import Blip2Config, LlamaConfig
 
 from accessory import shards as pth
-from accessory.config import find_file
 from accessory.errors import UserError, first_line
 from accessory.models import check_params, config_from_hf, config_from_params, read_json, vision_config_from
 from accessory.quantization.int4 import Int4
 from accessory.quantization.packed import Packed
 from accessory.quantization.stored import merge_packed
 from accessory.shards import EMBEDDING, OUTPUT, Readers, is_image_part
+from accessory.shipped import find_file
 
 TRAINABLE_FILE, META_FILE, CONFIG_FILE = "trainable.safetensors", "meta.json", "config.json"
 INDEX_FILE = "model.safetensors.index.json"

@@ -7,7 +7,6 @@ library's settings, reaches the next. What is there already is not made again.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -17,11 +16,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from accessory.config import Precision
+from accessory.config import ModelConfig, Precision
 from accessory.errors import UserError, first_line, suggest
 from accessory.files import atomic_file
 from accessory.models import read_json
-from accessory.quantization.job.result import MANIFEST_FILE
+from accessory.quantization.child import child_environment
+from accessory.quantization.job.result import MANIFEST_FILE, own_options
 
 QUANTIZE = Path(__file__).resolve().parents[1] / "scripts" / "quantize.py"
 RESULT_FILE, TABLE_FILE, CHART_FILE = "comparison.json", "comparison.txt", "comparison.png"
@@ -168,7 +168,7 @@ def _row(what: Comparison, name: str, candidate: Candidate) -> Row:
     folder = what.output / name
     if not folder.is_dir():
         _quantize(what, candidate, folder)
-    manifest = _manifest(folder, {"source": str(what.base.resolve())} | what.settings(candidate))
+    manifest = _manifest(folder, _wanted(what, candidate))
     sizes = {scheme["group_size"] for scheme in (manifest["scheme"], *manifest["exceptions"].values())}
     note = "" if sizes == {candidate.group_size} else f"groups of {' and '.join(map(str, sorted(sizes)))}"
     return replace(_measured(what, name, candidate, folder), seconds=manifest["seconds"], note=note)
@@ -190,11 +190,32 @@ def _quantize(what: Comparison, candidate: Candidate, folder: Path) -> None:
     log = folder.with_name(f"{folder.name}.log")
     with log.open("w") as output:
         command = [sys.executable, str(QUANTIZE), *words, *switch]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment()).returncode
     if code != 0 or not folder.is_dir():
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         told = [line for line in lines if line.startswith("error: ")] or lines
         raise UserError(f"{told[-1].removeprefix('error: ')} (see {log})")
+
+
+def _wanted(what: Comparison, candidate: Candidate) -> dict[str, Any]:
+    """What the manifest of a folder says that is made for this comparison: also of what was left to the job."""
+    from accessory.quantization.job.plan import fill_recipe, row_length
+    from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
+    from accessory.sources import open_sources
+
+    config = QuantizeConfig(
+        method=Method(candidate.method),
+        calib=CalibrationConfig(nsamples=what.nsamples, seqlen=what.seqlen),
+        autoround=AutoRoundConfig(iters=what.iters),
+    )
+    fill_recipe(config)
+    wanted = {"source": str(what.base.resolve()), "precision": what.precision.value, "bits": config.bits}
+    wanted |= own_options(config) | what.settings(candidate)
+    if candidate.is_calibrated:
+        base = open_sources(ModelConfig(pretrained_path=[str(what.base)]))
+        wanted |= {"nsamples": config.calib.nsamples, "seqlen": row_length(config, base.architecture)}
+        wanted |= {"seed": config.seed}
+    return json.loads(json.dumps(wanted))  # as a manifest gives it back
 
 
 def _manifest(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -227,8 +248,6 @@ def _measured(what: Comparison, name: str, candidate: Candidate, folder: Path) -
         require_tokenizer(model)
         seconds = None if on_load == "none" else time.monotonic() - start
         found = text_perplexity(model, read_text(what.text), what.eval_seqlen, what.max_tokens, what.batch_size)
-        if not math.isfinite(found.nll):
-            raise UserError(f"{folder}: the perplexity is not finite")
         disk = disk_bytes([open_folder(folder)]) if on_load == "none" else None
         return Row(name, candidate.title, found.value, found.tokens, memory_bytes(model), disk, seconds, str(folder))
     finally:

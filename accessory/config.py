@@ -1,35 +1,18 @@
-"""The typed configuration of a run: Hydra composes it, `to_config` turns it into these dataclasses.
+"""The typed configuration of a run: Hydra composes it, `schema.to_typed` turns it into these dataclasses.
 
-Each field's meaning stands under the field; `--help` prints exactly that text. Checks that need more than one field
-live in `Config.__post_init__` and report all problems at once, before anything is read or allocated.
+Each field's meaning stands under the field; `--help` prints exactly that text. A `Config` that cannot work is refused
+as it is made, with all problems at once (`checks`), before anything is read or allocated.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import itertools
-import math
-import textwrap
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from accessory.errors import UserError
-
-_HERE = Path(__file__).resolve().parent
-CONFIG_DIR = next((d for d in (_HERE / "configs", _HERE.parent / "configs") if d.is_dir()), _HERE.parent / "configs")
-
-
-def find_file(path: str) -> Path:
-    """A JSON file as it is named, or the one that is shipped under that name (configs/model/…)."""
-    file = Path(path).expanduser()
-    shipped = CONFIG_DIR.parent / path
-    return shipped if not file.exists() and shipped.is_file() else file
 
 
 class LlamaType(str, Enum):
@@ -247,9 +230,10 @@ class SaveConfig:
 @dataclass
 class StrategyConfig:
     data_parallel: DataParallel = DataParallel.sdp
-    """sdp: the frozen base on every rank, trainables all-reduced. fsdp is not part of this version."""
+    """sdp: the frozen base on every rank, trainables all-reduced. fsdp: the quantized part of it spread over the ranks
+    and gathered block by block, so that a base fits that is too large for one GPU."""
     model_parallel_size: int = 1
-    """Only 1: every GPU holds the whole frozen base; tensor parallelism is not offered."""
+    """Only 1: tensor parallelism is not offered; where the base is too large for one GPU, use fsdp."""
 
 
 @dataclass
@@ -285,107 +269,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        problems = [message for wrong, message in self._checks() if wrong]
-        if problems:
+        from accessory.checks import find_problems  # which reads the classes above
+
+        if problems := find_problems(self):
             raise UserError("; ".join(problems))
-
-    def _checks(self) -> list[tuple[bool, str]]:
-        quantized = self.quantization.method is not QuantMethod.none
-        train, optim, recipe, data, save = self.train, self.optim, self.recipe, self.data, self.save
-        schedule = {name: getattr(optim, name) for name in field_docs(OptimConfig)}
-        size = self.strategy.model_parallel_size
-        return [
-            (
-                quantized and not self.only_save_trainable,
-                f"quantization={self.quantization.method.value} (--quant) needs --only_save_trainable: "
-                "a quantized base cannot take the update without losing it",
-            ),
-            (
-                not (recipe.norm or recipe.bias or recipe.lora or recipe.projector or recipe.vision),
-                f"recipe {recipe.name!r} trains nothing",
-            ),
-            (
-                recipe.vision and self.quantization.vision,
-                "recipe.vision=true with quantization.vision=true (or a base whose vision model is quantized): "
-                "a quantized vision model cannot train; choose one",
-            ),
-            (
-                recipe.lora and not recipe.targets,
-                "recipe.targets=[]: LoRA needs linears; name some or use recipe.lora=false",
-            ),
-            (
-                self.quantization.vision and not quantized,
-                "quantization.vision=true: there is nothing to store it in; choose quantization=nf4 (--quant)",
-            ),
-            (recipe.rank < 1, f"recipe.rank={recipe.rank}: must be at least 1"),
-            (not 0 <= recipe.dropout < 1, f"recipe.dropout={recipe.dropout}: must be in [0, 1)"),
-            (train.batch_size < 1, f"--batch_size {train.batch_size}: must be at least 1"),
-            (train.accum_iter < 1, f"--accum_iter {train.accum_iter}: must be at least 1"),
-            (train.epochs < 1, f"--epochs {train.epochs}: must be at least 1"),
-            (
-                train.max_steps == 0 or train.max_steps < -1,
-                f"train.max_steps={train.max_steps}: must be at least 1, or -1 for all epochs",
-            ),
-            (not train.val_interval > 0, f"train.val_interval={train.val_interval}: must be above 0"),
-            (
-                train.val_interval > 1 and not float(train.val_interval).is_integer(),
-                f"train.val_interval={train.val_interval}: above 1 it must be whole",
-            ),
-            *((not math.isfinite(value), f"--{name} {value}: must be finite") for name, value in schedule.items()),
-            (optim.lr <= 0, f"--lr {optim.lr}: must be above 0"),
-            (optim.min_lr < 0, f"--min_lr {optim.min_lr}: must not be negative"),
-            (optim.weight_decay < 0, f"--weight_decay {optim.weight_decay}: must not be negative"),
-            (optim.warmup_epochs < 0, f"--warmup_epochs {optim.warmup_epochs}: must not be negative"),
-            (not 0 <= self.seed < 2**32, f"--seed {self.seed}: must be in [0, {2**32 - 1}]"),
-            (data.num_workers < 0, f"--num_workers {data.num_workers}: must not be negative"),
-            (data.max_words < 2, f"--max_words {data.max_words}: must be at least 2"),
-            (not 0 <= data.val_fraction < 1, f"data.val_fraction={data.val_fraction}: must be in [0, 1)"),
-            (save.epoch_interval < 1, f"--save_interval {save.epoch_interval}: must be at least 1"),
-            (save.step_interval < 1, f"--save_iteration_interval {save.step_interval}: must be at least 1"),
-            (save.keep < 1, f"save.keep={save.keep}: must be at least 1"),
-            (
-                self.logger.log_every_n_steps < 1,
-                f"logger.log_every_n_steps={self.logger.log_every_n_steps}: must be at least 1",
-            ),
-            (
-                size != 1,
-                f"--model_parallel_size {size}: tensor parallelism is not offered; use 1 (sharding the frozen base, "
-                "--data_parallel fsdp, is to take its place and is not part of this version)",
-            ),
-            (
-                self.strategy.data_parallel is DataParallel.fsdp,
-                "--data_parallel fsdp is not part of this version; use --data_parallel sdp",
-            ),
-        ]
-
-
-def to_typed(node: DictConfig, schema: type = Config) -> Any:
-    """Hydra's composed node -> typed `schema`; a missing or ill-typed value becomes one line."""
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        names = ", ".join(f"--{key.rsplit('.', 1)[-1]} ({key})" for key in missing)
-        raise UserError(f"not set: {names}; give the flag or the override key=value")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
-
-
-@functools.cache
-def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        node.target.id: inspect.cleandoc(after.value.value)
-        for node, after in itertools.pairwise(body)
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    }
-
-
-def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every setting below `cls`, in the order of the source."""
-    rows = []
-    for item in fields(cls):
-        default = item.default_factory() if callable(item.default_factory) else item.default
-        if is_dataclass(default):
-            rows += describe(type(default), f"{prefix}{item.name}.")
-        else:
-            rows.append((prefix + item.name, default, field_docs(cls)[item.name]))
-    return rows

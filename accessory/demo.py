@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 
 import accessory
-from accessory.assemble import assemble, open_sources
+from accessory.assemble import assemble
 from accessory.config import PromptType, QuantizationConfig, QuantMethod
 from accessory.data.images import ImageProblem, read_image
 from accessory.data.prompts import SEPARATOR, as_messages, dialog_prompt, format_prompt
@@ -25,6 +25,7 @@ from accessory.generation import stream
 from accessory.models import find_device
 from accessory.models.llama import Llama
 from accessory.models.tokenizer import require_tokenizer
+from accessory.sources import open_sources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONVERSATION = "conversation"  # the format of models trained with --dialog

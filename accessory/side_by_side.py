@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from accessory.assemble import Sources, assemble, open_sources
+from accessory.assemble import assemble
 from accessory.bases import Folder
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod
 from accessory.errors import UserError
@@ -26,6 +26,7 @@ from accessory.models.tokenizer import require_tokenizer
 from accessory.quantization import QuantLinear
 from accessory.quantization.dense import Dense
 from accessory.quantization.job.result import MANIFEST_FILE
+from accessory.sources import Sources, open_sources
 
 
 @dataclass(frozen=True)

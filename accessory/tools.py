@@ -12,7 +12,7 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from accessory.cli import MODEL_FLAGS, Flag, launch, run_command
+from accessory.cli import launch, run_command
 from accessory.config import (
     BadImages,
     DataConfig,
@@ -21,9 +21,10 @@ from accessory.config import (
     PromptType,
     QuantizationConfig,
     QuantMethod,
-    to_typed,
 )
 from accessory.errors import UserError
+from accessory.flags import MODEL_FLAGS, Flag
+from accessory.schema import to_typed
 
 
 class ExportFormat(str, Enum):
@@ -133,8 +134,8 @@ EXPORT_FLAGS = [*COMMON_FLAGS, Flag("format", "format"), Flag("output_dir", "out
 
 def _open(config: Any) -> Any:
     """The opened folders, with a tokenizer."""
-    from accessory.assemble import open_sources
     from accessory.models.tokenizer import require_tokenizer
+    from accessory.sources import open_sources
 
     sources = open_sources(config.model)
     require_tokenizer(sources)
@@ -223,8 +224,10 @@ def _perplexity(result: Any, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_tasks(config: EvaluateConfig, model: Any, tasks: Any) -> dict[str, Any]:
+    from accessory.evaluation import check_weights
     from accessory.harness import results_table, run_tasks
 
+    check_weights(model)
     results = run_tasks(model, tasks, config.batch_size, config.num_fewshot, config.limit)
     print(results_table(results), flush=True)
     return results
@@ -244,9 +247,9 @@ def _side_by_side(config: EvaluateConfig, sources: Any, measure: Any) -> list[di
 
 
 def export(config: ExportConfig) -> Path:
-    from accessory.assemble import trained_on
     from accessory.bases import open_folder
     from accessory.export import check_target, export_hf, export_peft
+    from accessory.quantization.setting import trained_on
     from accessory.strategies import DTYPES
 
     folder = Path(config.output_dir).expanduser()

@@ -55,17 +55,19 @@ def llama_config(name: str):
     )
 
 
-def build_ours(case: dict):
-    """Our model, and its loss as a function of input_ids; weights are made and quantized layer by layer."""
+def build_ours(case: dict, share: tuple[int, int] | None = None):
+    """Our model, and its loss as a function of input_ids; weights are made and quantized layer by layer. share: (rank,
+    ranks) with fsdp."""
     from transformers import Blip2Config
 
-    from accessory.checkpoint import weight_places
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
     from accessory.data.packing import IMAGE_SLOT
     from accessory.models import build_model
     from accessory.module import batch_loss
     from accessory.quantization import quantize
+    from accessory.sharding import ShardedPayload
     from accessory.tuning.recipe import add_trainables, mark_trainable
+    from accessory.weights import weight_places
 
     recipe, images = case["recipe"], case["images"]
     chosen = RecipeConfig(norm="norm" in recipe, bias="bias" in recipe, lora="lora" in recipe)
@@ -73,13 +75,16 @@ def build_ours(case: dict):
     quantize(model, QuantizationConfig(method=QuantMethod.nf4, vision=images == "nf4"), DTYPE)
     add_trainables(model, chosen)
     mark_trainable(model, chosen)
+    model.sharded = None if share is None else ShardedPayload(model, *share)
     for key, (shape, store, _) in weight_places(model, DEVICE, DTYPE):
         store(torch.randn(shape, device=DEVICE, dtype=DTYPE) * 0.02 + ("norm" in key))
+        if model.sharded is not None:
+            model.sharded.loaded(key)
     model.model.rotary_emb.to(DEVICE)
     model.model.checkpointing = case["checkpointing"]
     if case["compile"]:
         for block in model.model.layers:
-            block.compile()
+            block.forward = torch.compile(block.forward)
 
     def loss(input_ids: torch.Tensor) -> torch.Tensor:
         targets = input_ids.roll(-1, dims=1)
@@ -160,17 +165,17 @@ def measure(case: dict) -> dict:
     """Median time of a step or an answer, and peak memory, of one case in this process."""
     torch.manual_seed(0)
     model, loss = BUILDERS[case["system"]](case)
-    step, new_tokens = (_train_step(model, loss, case), case["length"])
+    step, new_tokens = (train_step(model, loss, case), case["length"])
     if case["task"] == "generate":
         step, new_tokens = (lambda: generate_once(model, case)), NEW_TOKENS
     times = []
     for i in range(case["warmup"] + case["steps"]):
         if i == case["warmup"] and DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         step()
-        _synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     median = statistics.median(times[case["warmup"] :])
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else _peak_rss()
@@ -180,7 +185,7 @@ def measure(case: dict) -> dict:
     }  # fmt: skip
 
 
-def _train_step(model, loss, case: dict):
+def train_step(model, loss, case: dict):
     trainables = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainables, lr=1e-4, betas=(0.9, 0.95), fused=DEVICE.type == "cuda")
     vocab = llama_config(case["model"]).vocab_size
@@ -196,7 +201,7 @@ def _train_step(model, loss, case: dict):
     return step
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 

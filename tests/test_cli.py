@@ -16,7 +16,7 @@ from conftest import alpaca_items, write_data
 from hydra import compose, initialize_config_dir
 
 import accessory
-from accessory.cli import CONFIG_DIR, FINETUNE_FLAGS, adopt_lora_settings, finetune_main, rewrite, run_command
+from accessory.cli import finetune_main, run_command
 from accessory.config import (
     Config,
     DataConfig,
@@ -27,10 +27,12 @@ from accessory.config import (
     Precision,
     PromptType,
     QuantMethod,
-    to_typed,
 )
 from accessory.data.sources import read_data_config
 from accessory.errors import OwnError, UserError
+from accessory.flags import FINETUNE_FLAGS, adopt_lora_settings, rewrite
+from accessory.schema import to_typed
+from accessory.shipped import CONFIG_DIR
 from accessory.tools import EvaluateConfig, ExportConfig
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
@@ -275,7 +277,6 @@ def refusal(monkeypatch, capsys):
         ("--dialog=yes", ["--dialog is a switch", "'yes'"]),
         ("--quant", ["--quant", "--only_save_trainable"]),
         ("--model_parallel_size 2", ["--model_parallel_size 2", "use 1", "--data_parallel fsdp"]),
-        ("--data_parallel fsdp", ["--data_parallel fsdp is not part of this version", "--data_parallel sdp"]),
         ("--output_dir x/${y}", ["output_dir", "'y' not found"]),
         ("recipe=null", ["recipe=null", "norm_bias_lora"]),
         ("logger=null", ["logger=null", "csv"]),

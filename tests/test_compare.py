@@ -15,13 +15,18 @@ from hydra import compose, initialize_config_dir
 
 import accessory
 from accessory import compare as module
-from accessory.cli import CONFIG_DIR, rewrite
 from accessory.compare import CANDIDATES, Comparison, Row, compare, table
 from accessory.compare_chart import draw
-from accessory.config import Precision
+from accessory.config import ModelConfig, Precision
 from accessory.errors import UserError
 from accessory.evaluation import text_perplexity
+from accessory.flags import rewrite
+from accessory.quantization.job import quantize_base
 from accessory.quantization.job.command import QUANTIZE_FLAGS
+from accessory.quantization.job.plan import fill_recipe
+from accessory.quantization.job.result import own_options
+from accessory.quantization.options import CalibrationConfig, Method, QuantizeConfig
+from accessory.shipped import CONFIG_DIR
 
 TEXT = "\n".join(corpus()[:40])
 
@@ -34,8 +39,8 @@ def what(tmp_path, hf_folder):
 
     def make(*methods: str, **settings) -> Comparison:
         files = {"text": tmp_path / "text.txt", "dataset": tmp_path / "calibration.txt"} | settings
-        return Comparison(base=hf_folder, output=tmp_path / "compared", methods=list(methods), eval_seqlen=32,
-                          device="cpu", precision=Precision.tf32, **files)  # fmt: skip
+        usual = {"eval_seqlen": 32, "device": "cpu", "precision": Precision.tf32}
+        return Comparison(base=hf_folder, output=tmp_path / "compared", methods=list(methods), **usual | files)
 
     return make
 
@@ -52,10 +57,15 @@ def job(monkeypatch, hf_folder):
             stdout.write("loading\nerror: group_size=128 does not divide 64\n")
             return subprocess.CompletedProcess(command, 2)
         folder = Path(shutil.copytree(hf_folder, words["--output_dir"]))
-        calibration = {"dataset": words.get("--dataset"), "nsamples": int(words.get("--nsamples", 128))}
+        calibration = {"dataset": words.get("--dataset"), "nsamples": int(words.get("--nsamples", 128)), "seed": 42}
+        calibration |= {"seqlen": int(words.get("--seqlen", 256))}  # the model's positions
         size = int(words.get("--group_size", made.group_size))
         scheme = {"bits": 4, "group_size": size, "sym": command[-1] == "--sym"}
-        manifest = {"method": words["--method"], "scheme": scheme, "options": {}, "calibration": calibration}
+        config = QuantizeConfig(method=Method(words["--method"]))
+        config.autoround.iters = int(words["--iters"]) if "--iters" in words else None
+        fill_recipe(config)
+        manifest = {"method": words["--method"], "scheme": scheme, "calibration": calibration}
+        manifest |= {"options": own_options(config), "precision": words["--precision"]}
         manifest |= {"source": str(hf_folder), "seconds": 12.5, "exceptions": made.exceptions}
         (folder / "quantization.json").write_text(json.dumps(manifest))
         return subprocess.CompletedProcess(command, 0)
@@ -123,11 +133,33 @@ def test_groups_that_had_to_be_smaller_are_noted(what, job):
     assert table(rows).endswith(row.note)
 
 
-def test_folder_made_with_other_settings_is_not_taken_for_these(what, job):
-    compare(what("gptq-g64-asym", nsamples=4))
-    (row,) = compare(what("gptq-g64-asym", nsamples=8))
-    assert "gptq-g64-asym was made with nsamples=4, not 8; remove it, or choose another --output" in row.error
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({"nsamples": 4}, {"nsamples": 8}, "nsamples=4, not 8"),
+        ({"nsamples": 4}, {}, "nsamples=4, not 128"),
+        ({"seqlen": 16}, {}, "seqlen=16, not 256"),
+        ({}, {"precision": Precision.bf16}, "precision=tf32, not bf16"),
+        ({"iters": 3}, {}, "iters=3, not 200"),
+    ],
+)
+def test_folder_made_with_other_settings_is_not_taken_for_these(before, now, told, what, job):
+    compare(what("autoround-g128-sym", **before))
+    (row,) = compare(what("autoround-g128-sym", **now))
+    assert f"autoround-g128-sym was made with {told}; remove it, or choose another --output" in row.error
     assert len(job.commands) == 1
+
+
+def test_folder_that_the_job_itself_made_with_these_settings_is_reused(what, monkeypatch):
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("quantized again"))
+    settings = what("gptq-g64-asym", nsamples=8, seqlen=16)
+    calib = CalibrationConfig(dataset=str(settings.dataset), nsamples=8, seqlen=16)
+    folder, model = settings.output / "gptq-g64-asym", ModelConfig(pretrained_path=[str(settings.base)])
+    quantize_base(
+        QuantizeConfig(model, str(folder), Method.gptq, calib=calib, precision=Precision.tf32, device="cpu", sym=False)
+    )
+    (row,) = compare(settings)
+    assert row.error is None and row.folder == str(folder)
 
 
 def test_method_that_fails_is_a_row_and_the_others_go_on(what, job, hf_folder, capsys):

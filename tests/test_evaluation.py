@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import sentencepiece
 import torch
 from conftest import alpaca_items, corpus, write_data
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import accessory
+from accessory.cli import run_command
 from accessory.config import DataConfig, ModelConfig, Precision, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.datamodule import answer_loader
 from accessory.errors import UserError
@@ -25,7 +28,7 @@ from accessory.quantization.job import quantize_base
 from accessory.quantization.nf4 import NF4
 from accessory.quantization.options import Method, QuantizeConfig
 from accessory.side_by_side import fake_quantized, memory_bytes
-from accessory.tools import EvaluateConfig, evaluate
+from accessory.tools import EvaluateConfig, _run_tasks, evaluate
 from accessory.tuning.recipe import add_trainables, mark_trainable
 
 TEXT = "\n".join(corpus()[:60])
@@ -150,6 +153,43 @@ def test_evaluate_measures_the_quantized_model(tmp_path, hf_folder):
     assert figures["quantization"] == "nf4"
     assert figures["ppl"] == pytest.approx(nll.exp().item(), rel=1e-5)
     assert figures["ppl"] != pytest.approx(evaluate(settings(hf_folder, **more))["ppl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_scales_that_are_no_numbers_give_one_line_and_no_figure(tmp_path, int4_folder, text_file, capsys, side_by_side):
+    folder = tmp_path / "int4"
+    shutil.copytree(int4_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.scales"][0, 0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as exit:
+        run_command(lambda: evaluate(settings(folder, text=text_file, seqlen=32, side_by_side=side_by_side)))
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and "ppl" not in said.out
+    line = f"error: the model on {folder}: model.layers.1.mlp.up_proj.scales holds NaN or infinity; .*\n"
+    assert re.fullmatch(line, said.err)
+
+
+def test_tasks_are_not_run_on_weights_that_are_no_numbers(hf_folder):
+    pytest.importorskip("lm_eval")
+    broken = accessory.load_model(str(hf_folder))
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.inf
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity"):
+        _run_tasks(settings(hf_folder, tasks=["lambada_openai"]), broken, None)
+
+
+def test_outputs_that_are_no_numbers_give_no_perplexity_either(hf_folder, answers, model):
+    broken = accessory.load_model(str(hf_folder))
+    with torch.no_grad():
+        broken.model.norm.weight.mul_(1e38)
+    config = DataConfig(data_config=str(answers), max_words=128, num_workers=0)
+    for measure in (
+        lambda: text_perplexity(broken, TEXT, seqlen=32),
+        lambda: answer_perplexity(broken, answer_loader(config, model.tokenizer, 4)),
+    ):
+        with pytest.raises(UserError, match=f"the model on {hf_folder}: its mean loss is .*, so it has no perplexity"):
+            measure()
 
 
 @pytest.mark.parametrize("given", [{}, {"text": "t.txt", "data_config": "d.yaml"}])

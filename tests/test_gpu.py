@@ -25,7 +25,7 @@ pytestmark = [
 
 def small_model(recipe: RecipeConfig, dtype: torch.dtype = torch.bfloat16):
     """Four blocks of dim 512 in NF4, random weights and trainables, on the GPU."""
-    from accessory.checkpoint import weight_places
+    from accessory.weights import weight_places
 
     torch.manual_seed(0)
     params = {"dim": 512, "n_layers": 4, "n_heads": 8, "vocab_size": 1000}

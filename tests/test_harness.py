@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import accessory
 from accessory import harness
-from accessory.cli import rewrite
 from accessory.config import ModelConfig, Precision
 from accessory.errors import UserError
+from accessory.flags import rewrite
 from accessory.harness_model import HarnessModel, generation_settings
 from accessory.tools import EVALUATE_FLAGS, EvaluateConfig, evaluate, evaluate_main
 

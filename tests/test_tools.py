@@ -13,10 +13,10 @@ from conftest import write_data
 import accessory
 import accessory.assemble
 from accessory import demo
-from accessory.cli import rewrite
 from accessory.config import ModelConfig
 from accessory.data.prompts import SYSTEM
 from accessory.errors import UserError
+from accessory.flags import rewrite
 from accessory.models import find_device
 from accessory.tools import EVALUATE_FLAGS, EvaluateConfig, ExportConfig, evaluate, export
 

@@ -13,6 +13,7 @@ import yaml
 
 from accessory.config import PromptType
 from accessory.errors import UserError, suggest
+from accessory.json_text import parse_json
 
 csv.field_size_limit(2**31 - 1)  # of a text field; 131,072 characters unless told otherwise
 # "type" groups entries, any word will do; "root" is the folder of an entry's images. Neither matters to text.
@@ -121,7 +122,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(content, list):
@@ -132,6 +133,6 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse_line(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from None

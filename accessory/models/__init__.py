@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
 from transformers import Blip2Config, LlamaConfig
 
 from accessory.errors import UserError, suggest
+from accessory.json_text import parse_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama, VisionQFormer
 
@@ -103,10 +105,17 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Needs no memory besides: least and greatest carry both on."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line about what is wrong with it."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -144,6 +144,7 @@ class Llama(nn.Module):
         self.tokenizer: Any = None
         self.base: dict[str, str] = {}  # path and fingerprint of the weights
         self.quantization = QuantizationConfig()  # how they are held
+        self.sharded: Any = None  # with fsdp: this rank's share of the quantized ones
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

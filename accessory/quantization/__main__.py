@@ -6,9 +6,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from accessory.cli import run_command
-from accessory.config import to_typed
+from accessory.quantization.child import end_with_parent
 from accessory.quantization.job import quantize_base
 from accessory.quantization.options import QuantizeConfig
+from accessory.schema import to_typed
 
 if __name__ == "__main__":
+    end_with_parent()
     run_command(lambda: quantize_base(to_typed(OmegaConf.create(Path(sys.argv[1]).read_text()), QuantizeConfig)))

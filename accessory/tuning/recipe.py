@@ -14,12 +14,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from accessory.bases import Folder
-from accessory.config import RecipeConfig
+from accessory.config import QuantizationConfig, RecipeConfig
 from accessory.errors import UserError
 from accessory.models.llama import RMSNorm
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization import block_linears
 from accessory.shards import is_image_part
+from accessory.sources import Sources
 from accessory.tuning.lora import add_lora
 
 
@@ -135,3 +136,57 @@ def recipe_of(folders: list[Folder]) -> Optional[RecipeConfig]:
         recipe.rank = folder.tensor(lora[0]).shape[0]
         recipe.targets = sorted({name.split(".")[-3] for name in lora})
     return recipe
+
+
+def check_recipe(sources: Sources, recipe: RecipeConfig, quantization: QuantizationConfig) -> None:
+    """Refuse what the folders and the recipe cannot do together, before data is read."""
+    if sources.vision is None:
+        for wanted, what in (
+            (recipe.projector, "recipe.projector"),
+            (recipe.vision, "recipe.vision"),
+            (quantization.vision, "quantization.vision"),
+        ):
+            if wanted:
+                raise UserError(
+                    f"{what}=true: this model is language-only; --llama_type llama_qformerv2_peft and, where no folder "
+                    "holds one, model.vision_path=<BLIP-2 folder> give it an image part"
+                )
+    else:
+        _check_image_part(sources, recipe)
+    _check_continuation(sources, recipe)
+
+
+def _check_image_part(sources: Sources, recipe: RecipeConfig) -> None:
+    kinds = {weight_kind(name) if weight_kind(name) == "vision" else "projector"
+             for folder in sources.folders for name in folder.names if is_image_part(name)}  # fmt: skip
+    where = ", ".join(str(folder.path) for folder in sources.folders)
+    if "vision" not in kinds:
+        raise UserError(
+            f"{where}: no vision model and Q-Former in them; name a BLIP-2 folder with model.vision_path, or put the "
+            "result of an alignment behind the base in --pretrained_path"
+        )
+    if "projector" not in kinds and not recipe.projector:
+        raise UserError(
+            f"{where}: no projector in them, and one that starts from nothing has to train: recipe.projector=true "
+            "(recipe=projector trains it alone, the usual first stage, whose result then follows the base here)"
+        )
+
+
+def _check_continuation(sources: Sources, recipe: RecipeConfig) -> None:
+    """Refuse to train from trainables whose values the result could not hold: of LLaMA it keeps what the recipe trains,
+    and is used on the first folder alone. (An image part that the first folder lacks is kept whole.)"""
+    for folder in sources.folders[1:]:
+        for name in sorted(name for name in folder.names if not is_image_part(name)):
+            if not getattr(recipe, weight_kind(name) or "", False):
+                raise UserError(
+                    f"{folder.path}: {name} would be lost, as recipe {recipe.name} does not train it and a run saves "
+                    "only what trains; choose a recipe that does, or merge into one base first (scripts/export.py)"
+                )
+    found = recipe_of(sources.folders)
+    if found is not None and found.lora and recipe.lora:
+        before, now = ((r.rank, r.alpha or r.rank) for r in (found, recipe))
+        if before != now:
+            raise UserError(
+                f"{sources.folders[-1].path}: its LoRA has rank {before[0]} and alpha {before[1]:g}, the recipe says "
+                f"{now[0]} and {now[1]:g}; set recipe.rank={before[0]} recipe.alpha={before[1]:g}"
+            )

@@ -159,6 +159,8 @@ def test_single_turn_llava_takes_question_and_answer_from_the_first_two_turns(tm
     [
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": \n', r"a\.jsonl:2: not valid JSON"),
         ("a.json", '[{"instruction": "a", "output": "b"},\n {"instruction" "x"}]', r"a\.json:2: not valid JSON"),
+        ("a.json", "[" * 10**5, r"a\.json:1: not valid JSON \(nested too deeply"),
+        ("a.jsonl", "[" * 10**5, r"a\.jsonl:1: not valid JSON \(nested too deeply"),
         ("a.json", '{"instruction": "a"}', r"a\.json: expected a list of items, found a dict"),
         ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', r"a\.json: item 1: no 'output'"),
         ("a.json", '[{"instruction": "a", "output": ""}]', r"a\.json: item 0: no 'output'"),

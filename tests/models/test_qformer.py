@@ -228,8 +228,8 @@ def test_sizes_are_blip2_opts_where_no_folder_says_them():
 
 
 def opened(base, **settings):
-    from accessory.assemble import open_sources
     from accessory.config import ModelConfig
+    from accessory.sources import open_sources
 
     return open_sources(ModelConfig(pretrained_path=[str(base)], **settings))
 

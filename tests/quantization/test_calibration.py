@@ -539,6 +539,8 @@ def test_a_line_that_is_no_text_is_named(tmp_path, tokenizer):
 def test_a_line_that_is_no_json_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"a.jsonl:2: not valid JSON \(Expecting value, column 10\)"):
         read(write(tmp_path / "a.jsonl", '{"text": "fine"}\n{"text": oops}\n'), tokenizer)
+    with pytest.raises(UserError, match=r"a.jsonl:1: not valid JSON \(nested too deeply"):
+        read(write(tmp_path / "a.jsonl", "[" * 10**5), tokenizer)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path, tokenizer):

@@ -12,12 +12,15 @@ import yaml
 from conftest import corpus
 from hydra import compose, initialize_config_dir
 
-from accessory.cli import check_composition, help_text, rewrite
-from accessory.config import CONFIG_DIR, to_typed
+from accessory.cli import help_text
+from accessory.composition import check_composition
 from accessory.errors import UserError
+from accessory.flags import rewrite
 from accessory.quantization.job import command
 from accessory.quantization.job.command import QUANTIZE_FLAGS
 from accessory.quantization.options import Method, QuantizeConfig, Tuning
+from accessory.schema import to_typed
+from accessory.shipped import CONFIG_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "quantize.py")
@@ -155,6 +158,13 @@ def test_a_mistake_in_llmcs_yaml_is_one_line_and_exit_code_2(hf_folder, text, tm
     done = run("--config_path", str(tmp_path / "x.yml"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "quant.weight.bits: unknown (did you mean bit" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--config_path", "nowhere.yml", "--help"), ("-h", "--config_path=nowhere.yml")])
+def test_help_is_printed_beside_llmcs_yaml_too(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *words])
+    command.quantize_main()
+    assert capsys.readouterr().out.startswith("usage: quantize.py")
 
 
 def test_what_the_command_line_says_wins_over_llmcs_yaml(hf_folder, text, tmp_path):

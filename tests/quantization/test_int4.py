@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import accessory
 import accessory.finetune as finetune_module
-from accessory.assemble import assemble, open_sources
+from accessory.assemble import assemble
 from accessory.bases import open_folder
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
@@ -32,6 +32,7 @@ from accessory.quantization.dense import Dense
 from accessory.quantization.int4 import Int4, pack_codes, unpack_codes
 from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
+from accessory.sources import open_sources
 
 CPU = torch.device("cpu")
 LORA = RecipeConfig(name="norm_bias_lora", lora=True, rank=4)

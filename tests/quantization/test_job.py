@@ -447,6 +447,24 @@ def test_a_base_that_lacks_a_weight_is_refused_before_any_work(hf_folder, tmp_pa
     assert not (tmp_path / ".out.work").exists()
 
 
+@pytest.mark.parametrize("method", [*CALIBRATED, Method.rtn, Method.int8], ids=lambda method: method.value)
+@pytest.mark.parametrize(
+    ("name", "value", "finished"),
+    [("model.layers.1.mlp.up_proj.weight", float("nan"), 1), ("model.norm.weight", float("inf"), 0)],
+)
+def test_a_weight_that_is_no_number_is_named_before_its_block_is_quantized(
+    hf_folder, text, tmp_path, method, name, value, finished
+):
+    base = tmp_path / "base"
+    shutil.copytree(hf_folder, base)
+    weights = load_file(base / "model.safetensors")
+    weights[name].view(-1)[7] = value
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{base}: {name} holds NaN or infinity"):
+        quantized(base, tmp_path / "out", method, text)
+    assert len(list((tmp_path / ".out.work").glob("block-*"))) == finished
+
+
 def test_a_text_without_a_whole_window_is_refused_before_any_work(hf_folder, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import VOCAB, corpus
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.config import ModelConfig
@@ -361,6 +362,16 @@ def test_folders_that_cannot_be_used_give_one_line(folder, data, tmp_path, chang
     (changed / "config.json").unlink()
     (changed / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
     assert line in refusal(config(changed, tmp_path / "out", data / "text.txt"))
+
+
+def test_a_weight_that_is_no_number_is_named(folder, tmp_path):
+    broken, name = tmp_path / "broken", "model.language_model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    (stored,) = [key for key in weights if key.endswith("layers.1.mlp.up_proj.weight") and "vision" not in key]
+    weights[stored][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert f"{broken}: {name} holds NaN" in refusal(config(broken, tmp_path / "out", method=Method.rtn))
 
 
 def test_an_output_folder_that_holds_something_is_left_alone(folder, data, tmp_path):

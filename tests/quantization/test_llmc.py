@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from accessory.config import CONFIG_DIR, LlamaType, ModelConfig, Precision
+from accessory.config import LlamaType, ModelConfig, Precision
 from accessory.errors import UserError
 from accessory.quantization.llmc import read_llmc
 from accessory.quantization.options import (
@@ -23,6 +23,7 @@ from accessory.quantization.options import (
     QuantizeConfig,
     TransVersion,
 )
+from accessory.shipped import CONFIG_DIR
 
 # docs of llmc-tpu, "Configuration File Parameter Description", to the letter but for the paths
 DOCUMENTED = """

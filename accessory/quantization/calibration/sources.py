@@ -20,6 +20,7 @@ from tqdm import tqdm
 from accessory.config import PromptType
 from accessory.data.sources import Entry, check_roots, image_folders, read_data_config, read_items
 from accessory.errors import UserError, first_line, suggest
+from accessory.json_text import parse_json
 from accessory.quantization.options import CalibrationConfig
 
 SAMPLES_FILE = "samples.json"  # llmc's
@@ -127,7 +128,7 @@ class JsonLines(Lines):
     def __getitem__(self, index: int) -> tuple[str, Any]:
         where, line = super().__getitem__(index)
         try:
-            return where, json.loads(line) if line else ""
+            return where, parse_json(line) if line else ""
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
 

@@ -15,7 +15,14 @@ from accessory.quantization.job.flow import Flow
 from accessory.quantization.job.measure import Texts, perplexity_on_rows
 from accessory.quantization.job.memory import PeakMemory
 from accessory.quantization.job.plan import Plan, make_plan
-from accessory.quantization.job.result import MANIFEST_FILE, check_reloaded, manifest, model_config, write_folder
+from accessory.quantization.job.result import (
+    MANIFEST_FILE,
+    check_reloaded,
+    file_sizes,
+    manifest,
+    model_config,
+    write_folder,
+)
 from accessory.quantization.job.work import TRANS, Work
 from accessory.quantization.options import QuantizeConfig
 
@@ -61,9 +68,11 @@ def _work(plan: Plan, work: Work, texts: Texts, target: Path, trans: Optional[Pa
         measured |= texts.measure(folders[plan.formats[0]], partial_trans)
         content = manifest(plan, measured, seconds, peak)
         for folder in folders.values():
-            (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            described = content | {"files": file_sizes(folder)}
+            (folder / MANIFEST_FILE).write_text(json.dumps(described, indent=2) + "\n")
     work.remove()
-    print(f"wrote {target} ({_size(target)}, {seconds:.0f} s, peak {peak:.2f} GiB)", flush=True)
+    size = sum(file_sizes(target).values()) / 2**20
+    print(f"wrote {target} ({size:,.0f} MiB, {seconds:.0f} s, peak {peak:.2f} GiB)", flush=True)
 
 
 def _check_trans(trans: Path, target: Path) -> None:
@@ -90,7 +99,3 @@ def describe_plan(plan: Plan, work: Work) -> str:
     if done := len(work.files()):
         lines.append(f"continues   after {done} finished blocks in {work.folder}")
     return "\n".join(lines)
-
-
-def _size(folder: Path) -> str:
-    return f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 2**20:,.0f} MiB"

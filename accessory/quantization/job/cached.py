@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,13 @@ from pathlib import Path
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from accessory.assemble import CALIBRATED
 from accessory.config import Config, QuantizationConfig, QuantMethod
 from accessory.errors import UserError
+from accessory.quantization.child import child_environment
 from accessory.quantization.job.plan import make_plan
+from accessory.quantization.job.result import damage
 from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
+from accessory.quantization.setting import CALIBRATED
 
 
 def calibrate_base(config: Config) -> Config:
@@ -33,14 +36,22 @@ def calibrate_base(config: Config) -> Config:
     name = Path(config.model.pretrained_path[0]).resolve().name
     folder = _cache(config.quantization) / f"{name}-{job.method.value}-{key}"
     with FileLock(f"{folder}.lock"):
+        if folder.exists() and (wrong := damage(folder)) is not None:
+            print(f"quantized base {folder} is damaged ({wrong}); it is made again", flush=True)
+            shutil.rmtree(folder)
         if not folder.exists():
             _quantize(replace(job, output_dir=str(folder)))
     print(f"quantized base: {folder}", flush=True)
     return replace(
         config,
         model=replace(config.model, pretrained_path=[str(folder)], llama_config=[], vision_path=None),
-        quantization=QuantizationConfig(method=QuantMethod.int4),
+        quantization=trained_with(config.quantization),
     )
+
+
+def trained_with(quantization: QuantizationConfig) -> QuantizationConfig:
+    """What training sees of a setting: a calibrated base is an int4 one."""
+    return QuantizationConfig(method=QuantMethod.int4) if quantization.method in CALIBRATED else quantization
 
 
 def _job(config: Config) -> QuantizeConfig:
@@ -86,7 +97,8 @@ def _quantize(job: QuantizeConfig) -> None:
     settings = Path(f"{job.output_dir}.yaml")
     settings.write_text(OmegaConf.to_yaml(OmegaConf.structured(job)))
     try:
-        result = subprocess.run([sys.executable, "-m", "accessory.quantization", str(settings)])
+        command = [sys.executable, "-m", "accessory.quantization", str(settings)]
+        result = subprocess.run(command, env=child_environment())
     finally:
         settings.unlink()
     if result.returncode == 2:

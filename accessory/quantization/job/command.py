@@ -12,10 +12,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from accessory.cli import MODEL_FLAGS, Flag, launch, parse_override, rewrite, run_command
-from accessory.config import to_typed
+from accessory.cli import launch, run_command
+from accessory.composition import parse_override
 from accessory.errors import UserError, first_line
+from accessory.flags import MODEL_FLAGS, Flag, rewrite
+from accessory.quantization.child import end_with_parent
 from accessory.quantization.options import QuantizeConfig
+from accessory.schema import to_typed
 
 LLMC_FLAG = "--config_path"
 _IGNORED_SWITCHES = ("--disable_eval", "--mllm")
@@ -81,8 +84,10 @@ QUANTIZE_FLAGS = [
 
 def quantize_main() -> None:
     """accessory-quantize, scripts/quantize.py."""
+    end_with_parent()
     run_command(lambda: sys.argv.__setitem__(slice(1, None), list(without_foreign_words(sys.argv[1:]))))
-    if any(word.partition("=")[0] == LLMC_FLAG for word in sys.argv[1:]):
+    is_llmc = any(word.partition("=")[0] == LLMC_FLAG for word in sys.argv[1:])
+    if is_llmc and not {"--help", "-h"} & set(sys.argv[1:]):
         run_command(lambda: _quantize(_from_llmc(sys.argv[1:])))
     else:
         launch("quantize", QUANTIZE_FLAGS, QuantizeConfig, lambda node: run_command(lambda: _job(node)))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from accessory.assemble import Sources, stored_backends
 from accessory.bases import open_folder
 from accessory.config import QuantizationConfig
 from accessory.models import build_model
@@ -22,7 +21,9 @@ from accessory.quantization.job.work import TRANS, Work
 from accessory.quantization.methods import Calibration, Chain, quantize_unit
 from accessory.quantization.options import Method
 from accessory.quantization.packed import Packed
+from accessory.quantization.setting import stored_backends
 from accessory.shards import is_image_part
+from accessory.sources import Sources
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 VISION_BLOCKS = "qformer.vision_model.encoder.layers"
@@ -61,6 +62,8 @@ class Flow:
     @torch.no_grad()
     def run(self) -> Hidden:
         """Quantize everything; returns the hidden states before the final norm."""
+        with self.float.head():  # which is read last: bad values in it are told at once
+            pass
         blocks, vision = self._language_units(), self._vision_units()
         has_head = "lm_head" in self.plan.schemes
         total = len(blocks) + len(vision) + self.plan.config.vision + has_head

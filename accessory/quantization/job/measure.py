@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from accessory.assemble import assemble, open_sources
+from accessory.assemble import assemble
 from accessory.config import DataConfig, ModelConfig, QuantizationConfig
 from accessory.data.datamodule import answer_loader
 from accessory.errors import UserError
@@ -24,6 +24,7 @@ from accessory.quantization.calibration import read_calibration
 from accessory.quantization.job.flow import Flow, Hidden
 from accessory.quantization.job.plan import Plan
 from accessory.quantization.options import EvalPosition
+from accessory.sources import open_sources
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from accessory import __version__
-from accessory.assemble import Sources, open_sources
 from accessory.bases import Folder
-from accessory.checkpoint import refuse_unfit_weights
 from accessory.errors import UserError
 from accessory.models import build_model, find_device
 from accessory.models.qformer import image_input
@@ -27,7 +26,9 @@ from accessory.quantization.methods.autoround import RECIPES, require_auto_round
 from accessory.quantization.options import Format, Method, QuantizeConfig
 from accessory.quantization.packed import Scheme
 from accessory.shards import EMBEDDING, is_image_part
+from accessory.sources import Sources, open_sources
 from accessory.strategies import DTYPES
+from accessory.weights import refuse_unfit_weights
 
 CALIBRATED = (Method.autoround, Method.awq, Method.gptq)
 CHECK_ROWS, CHECK_TOKENS = 2, 64  # of random ids, for methods without calibration data
@@ -151,6 +152,13 @@ def make_plan(config: QuantizeConfig) -> Plan:
 
 def fill_defaults(config: QuantizeConfig) -> None:
     """Put AutoRound's recipe where nothing was set, and check what needs no files."""
+    fill_recipe(config)
+    problems = [message for wrong, message in _checks(config) if wrong]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def fill_recipe(config: QuantizeConfig) -> None:
     nsamples, iters, lr, seqlen = RECIPES[config.autoround.recipe]
     tuning, calib = config.autoround, config.calib
     is_tuned = config.method is Method.autoround
@@ -160,9 +168,12 @@ def fill_defaults(config: QuantizeConfig) -> None:
         calib.nsamples = nsamples if is_tuned else 128
     if calib.seqlen is None and is_tuned:
         calib.seqlen = seqlen
-    problems = [message for wrong, message in _checks(config) if wrong]
-    if problems:
-        raise UserError("; ".join(problems))
+
+
+def row_length(config: QuantizeConfig, architecture: LlamaConfig) -> int:
+    """Tokens in a row of calibration data."""
+    usual = min(2048, architecture.max_position_embeddings)
+    return usual if config.calib.seqlen is None else config.calib.seqlen
 
 
 def _is_positive(value: Optional[float]) -> bool:
@@ -251,7 +262,7 @@ def _rows(config: QuantizeConfig, sources: Sources) -> Rows:
         ids = torch.randint(sources.architecture.vocab_size, (CHECK_ROWS, CHECK_TOKENS), generator=generator)
         return Rows(ids, lambda i: None)
     longest = sources.architecture.max_position_embeddings
-    seqlen = config.calib.seqlen if config.calib.seqlen is not None else min(2048, longest)
+    seqlen = row_length(config, sources.architecture)
     if seqlen > longest:
         raise UserError(f"--seqlen {seqlen}: this model has {longest} positions")
     image = image_input(sources.vision)

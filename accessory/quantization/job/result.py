@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from accessory.assemble import open_sources
 from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
-from accessory.checkpoint import layered, read_tensor, weight_places
 from accessory.config import LlamaType, ModelConfig
+from accessory.errors import UserError
 from accessory.hf_files import ShardWriter, save_tensors
-from accessory.models import build_model, describe_vision
+from accessory.models import build_model, describe_vision, read_json
 from accessory.quantization import formats
 from accessory.quantization.job.flow import Flow, Hidden
 from accessory.quantization.job.plan import Plan
-from accessory.quantization.options import Format
+from accessory.quantization.options import Format, Method, QuantizeConfig
 from accessory.shards import is_image_part
+from accessory.sources import open_sources
+from accessory.weights import layered, read_tensor, weight_places
 
 MANIFEST_FILE = "quantization.json"
 
@@ -110,6 +111,30 @@ def check_reloaded(folder: Path, hidden: Hidden, flow: Flow) -> None:
         raise RuntimeError(f"{folder}: logits of the reloaded model differ by up to {worst:.3g}; it is not kept")
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file but the manifest, which names them."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST_FILE)
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def damage(folder: Path) -> Optional[str]:
+    """What of a finished folder is not there as it was written, or None. Sizes are compared, contents not read."""
+    try:
+        stated = read_json(folder / MANIFEST_FILE).get("files", {})
+    except UserError as error:
+        return str(error)
+    found = file_sizes(folder)
+    wrong = [name for name, size in stated.items() if found.get(name) != size]
+    if not stated:
+        return f"{MANIFEST_FILE} names no files"
+    return f"{', '.join(wrong)}: missing, or not of the size in {MANIFEST_FILE}" if wrong else None
+
+
+def own_options(config: QuantizeConfig) -> dict[str, Any]:
+    """Those of the method itself; rounding to nearest has none."""
+    return {} if config.method in (Method.rtn, Method.int8) else asdict(getattr(config, config.method.value))
+
+
 def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: float) -> dict[str, Any]:
     """quantization.json's content: where the folder comes from, and what it is worth."""
     config, calibration = plan.config, None
@@ -117,7 +142,6 @@ def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: flo
         rows, seqlen = plan.rows.ids.shape
         calibration = {"dataset": config.calib.dataset, "nsamples": rows, "seqlen": seqlen, "seed": config.seed}
         calibration |= {"fingerprint": plan.rows.fingerprint}
-    own_options = {name: asdict(getattr(config, name)) for name in ("autoround", "awq", "gptq")}
     usual = plan.usual_scheme
     return {
         "format": 1,
@@ -125,7 +149,7 @@ def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: flo
         "scheme": asdict(usual),
         "exceptions": {name: asdict(scheme) for name, scheme in plan.schemes.items() if scheme != usual},
         "unquantized": plan.unquantized,
-        "options": own_options.get(config.method.value, {}),
+        "options": own_options(config),
         "source": plan.sources.base["path"],
         "source_fingerprint": plan.sources.base["fingerprint"],
         "calibration": calibration,
@@ -133,5 +157,6 @@ def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: flo
         "seconds": round(seconds, 3),
         "peak_memory_gib": round(peak_gib, 3),
         "device": str(plan.device),
+        "precision": None if config.precision is None else config.precision.value,
         "versions": plan.versions,
     }

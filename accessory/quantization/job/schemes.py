@@ -11,6 +11,7 @@ from typing import Any, Optional
 from torch import nn
 
 from accessory.errors import UserError, suggest
+from accessory.json_text import parse_json
 from accessory.models import read_json
 from accessory.models.llama import Block, Llama
 from accessory.models.qformer import CastLinear, QFormerLlama
@@ -64,10 +65,12 @@ def _layer_config(config: QuantizeConfig) -> dict[str, Any]:
     """The value of layer_config: a mapping, its JSON, or a JSON file."""
     stated = config.layer_config
     if isinstance(stated, str):
+        if not stated.strip():
+            raise UserError("--layer_config: is empty; give JSON or a JSON file, or leave it out")
         try:
-            stated = json.loads(stated)
+            stated = parse_json(stated)
         except json.JSONDecodeError as error:
-            if stated.lstrip().startswith("{"):
+            if stated.lstrip().startswith(("{", "[")):
                 raise UserError(f"--layer_config: not valid JSON ({error.msg}, character {error.pos})") from None
             stated = read_json(Path(stated).expanduser())
     if stated is not None and not isinstance(stated, dict):

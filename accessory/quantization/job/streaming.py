@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from accessory.bases import Folder
-from accessory.checkpoint import layered, read_tensor, weight_places
+from accessory.errors import UserError
+from accessory.models import is_finite
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization.linear import QuantLinear, linear_weight
 from accessory.quantization.methods import Chain
+from accessory.weights import layered, read_tensor, weight_places
 
 
 class Streamed:
@@ -31,7 +34,10 @@ class Streamed:
         sources = layered(self._folders())
         for name, (shape, store, _) in self._places.items():
             if any(f"{name}.".startswith(f"{path}.") for path in paths):
-                store(read_tensor(name, sources[name], shape))
+                tensor = read_tensor(name, sources[name], shape)
+                if isinstance(tensor, Tensor):
+                    refuse_not_finite(name, tensor, sources[name][-1].path)
+                store(tensor)
         modules = Chain(self.model.get_submodule(path) for path in paths if path not in self._places)
         try:
             yield modules
@@ -69,6 +75,11 @@ class Streamed:
         rotary = self.model.model.rotary_emb.to(self.device)
         cos, sin = rotary(like, torch.arange(seqlen, device=self.device).unsqueeze(0))
         return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+def refuse_not_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    if not is_finite(tensor):
+        raise UserError(f"{folder}: {name} holds NaN or infinity, which cannot be quantized; get a copy that is whole")
 
 
 def release(module: nn.Module) -> None:

@@ -32,6 +32,7 @@ from accessory.errors import UserError, first_line
 from accessory.export import check_target
 from accessory.files import atomic_folder
 from accessory.models import find_device, read_json
+from accessory.quantization.child import child_environment
 from accessory.quantization.job.plan import fill_defaults
 from accessory.quantization.job.result import MANIFEST_FILE
 from accessory.quantization.job.schemes import assign_schemes, default_scheme, output_formats
@@ -179,7 +180,7 @@ def _run(job: Job) -> dict[str, Any]:
         torch.save(job, file)
         root = str(Path(accessory.__file__).parents[1])
         path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-        env = os.environ | QUIET | {"AR_WORK_SPACE": folder, "PYTHONPATH": path}
+        env = child_environment() | QUIET | {"AR_WORK_SPACE": folder, "PYTHONPATH": path}
         program = "from accessory.quantization.llava.worker import main; main()"
         done = subprocess.run([sys.executable, "-c", program, str(file)], env=env)
         if done.returncode:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accessory.quantization.methods.autoround import packed_linear
+from accessory.quantization.methods.autoround import packed_linear, refuse_other_options
 from accessory.quantization.options import Format, Precision, QuantizeConfig
 from accessory.quantization.packed import Packed, Scheme
 
-SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDING = 2**-7  # bf16's, with room: between a tuned weight and its whole numbers times the scale, or their outputs
 
 
@@ -55,7 +54,8 @@ def tune(
     warned = _Warnings()
     tuner = _tuner(model, processor, batches, job)
     tuner.quantize()
-    _compare(tuner, job, dtype)
+    more = {"nblocks": (job.config.autoround.nblocks, tuner.nblocks), "dtype": (dtype, tuner.model_context.amp_dtype)}
+    refuse_other_options(tuner, job.config, tuple(job.rows.shape), job.batch_size, _accumulated(job), **more)
     if warned.of_calibration:
         raise RuntimeError(f"auto-round: {warned.of_calibration[0]}")
     scaled = {name for name, module in model.named_modules() if hasattr(module, "scale") and hasattr(module, "zp")}
@@ -120,28 +120,6 @@ def _tuner(model: nn.Module, processor: Any, batches: list[dict[str, Tensor]], j
 def _accumulated(job: Job) -> int:
     """Batches a step, so that a step sees as many rows as with text."""
     return job.config.autoround.gradient_accumulate_steps * (job.config.calib.batch_size if job.has_images else 1)
-
-
-def _compare(tuner: Any, job: Job, dtype: torch.dtype) -> None:
-    options, tuned, calibrated = job.config.autoround, tuner.alg_composer.block_quantizer, tuner.calibration_context
-    wanted = {
-        "iters": (options.iters, tuned.iters),
-        "lr": (options.lr or tuned.lr, tuned.lr),  # unset: auto-round's own rule
-        "minmax_lr": (options.minmax_lr or tuned.lr, tuned.minmax_lr),
-        "enable_quanted_input": (options.enable_quanted_input, tuned.enable_quanted_input),
-        "enable_minmax_tuning": (options.enable_minmax_tuning, tuned.enable_minmax_tuning),
-        "gradient_accumulate_steps": (_accumulated(job), tuned.gradient_accumulate_steps),
-        "adam": (options.adam, "Adam" in type(tuned).__name__),
-        "nblocks": (options.nblocks, tuner.nblocks),
-        "scale_dtype": (SCALE_DTYPES[options.scale_dtype.value], tuner.scale_dtype),
-        "seed": (job.config.seed, tuner.seed),
-        "batch_size": (job.batch_size, calibrated.batch_size),
-        "seqlen": (job.rows.shape[1], calibrated.seqlen),
-        "dtype": (dtype, tuner.model_context.amp_dtype),
-    }
-    for name, (asked, taken) in wanted.items():
-        if asked != taken:
-            raise RuntimeError(f"auto-round took {name}={taken}, not {asked}")
 
 
 class _Warnings(logging.Handler):

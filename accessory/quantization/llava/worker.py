@@ -23,7 +23,9 @@ from accessory.errors import UserError
 from accessory.hf_files import ShardWriter
 from accessory.models import read_json
 from accessory.quantization import formats, rtn
+from accessory.quantization.child import end_with_parent
 from accessory.quantization.job.memory import PeakMemory
+from accessory.quantization.job.streaming import refuse_not_finite
 from accessory.quantization.llava.tuning import ROUNDING, Job, tune
 from accessory.quantization.options import Format, Method, Precision, QuantizeConfig
 from accessory.quantization.packed import Packed, Scheme
@@ -38,6 +40,7 @@ COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, processor, template
 
 def main() -> None:
     """argv[1]: a Job's file; beside it the report is written, or the line for the user."""
+    end_with_parent()
     file = Path(sys.argv[1])
     try:
         report = quantize(torch.load(file, weights_only=False))
@@ -55,6 +58,8 @@ def quantize(job: Job) -> dict[str, Any]:
     options = {"local_files_only": True}
     processor = transformers.AutoProcessor.from_pretrained(job.source, **options)
     model = transformers.AutoModelForImageTextToText.from_pretrained(job.source, dtype="auto", **options).eval()
+    for name, tensor in model.state_dict().items():
+        refuse_not_finite(name, tensor, job.source)
     with PeakMemory(job.device) as memory:
         kept = _kept(model, job.schemes)
         dtype = _compute_dtype(job.config, model.dtype, job.device)

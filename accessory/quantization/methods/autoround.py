@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from accessory.errors import UserError
 from accessory.quantization.methods import Calibration, Chain
-from accessory.quantization.options import QuantizeConfig, Tuning
+from accessory.quantization.options import QuantizeConfig, ScaleDtype, Tuning
 from accessory.quantization.packed import Packed, Scheme
 
 # nsamples, iters, lr, seqlen of auto-round's recipes; None: as unset
@@ -27,6 +27,7 @@ RECIPES = {
     Tuning.default: (128, 200, None, None),
     Tuning.light: (128, 50, 5e-3, 512),
 }
+SCALE_DTYPES = {ScaleDtype.fp16: torch.float16, ScaleDtype.bf16: torch.bfloat16, ScaleDtype.fp32: torch.float32}
 
 
 def require_auto_round() -> None:
@@ -75,6 +76,9 @@ def tune(
     with _quiet(), torch.enable_grad():
         tuner = _tuner(_Model(wrapped, calibration.inputs[0].dtype), schemes, calibration, config)
         tuner.post_init()
+        rows = sum(len(batch) for batch in calibration.inputs), calibration.inputs[0].shape[1]
+        steps = config.autoround.gradient_accumulate_steps
+        refuse_other_options(tuner, config, rows, _batch_size(rows[0], config), steps)
         dtype = tuner.model_context.amp_dtype
         wrapped.to(dtype)
         samples = [[row.to(dtype).unsqueeze(0) for batch in data for row in batch]
@@ -126,7 +130,7 @@ def _tuner(model: _Model, schemes: dict[str, Scheme], calibration: Calibration, 
         layer_config=per_layer | untouched,
         nsamples=nsamples,
         seqlen=calibration.inputs[0].shape[1],
-        batch_size=min(config.calib.batch_size, nsamples),
+        batch_size=_batch_size(nsamples, config),
         low_gpu_mem_usage=config.low_gpu_mem_usage,
         device_map=str(calibration.device),
         enable_torch_compile=calibration.device.type == "cuda",
@@ -135,6 +139,37 @@ def _tuner(model: _Model, schemes: dict[str, Scheme], calibration: Calibration, 
         scale_dtype=options.scale_dtype.value,
         low_cpu_mem_usage=False,
     )
+
+
+def _batch_size(nsamples: int, config: QuantizeConfig) -> int:
+    return min(config.calib.batch_size, nsamples)
+
+
+def refuse_other_options(
+    tuner: Any, config: QuantizeConfig, rows: tuple[int, int], batch_size: int, steps: int, **more: tuple[Any, Any]
+) -> None:
+    """RuntimeError where auto-round will not do, or did not do, as it was told: what it does not know it ignores.
+
+    rows: number and length; steps: batches a tuning step; more: (asked, taken) of further options.
+    """
+    options, tuned, calibrated = config.autoround, tuner.alg_composer.block_quantizer, tuner.calibration_context
+    wanted = {
+        "iters": (options.iters, tuned.iters),
+        "lr": (options.lr or tuned.lr, tuned.lr),  # unset: auto-round's own rule
+        "minmax_lr": (options.minmax_lr or tuned.lr, tuned.minmax_lr),
+        "enable_quanted_input": (options.enable_quanted_input, tuned.enable_quanted_input),
+        "enable_minmax_tuning": (options.enable_minmax_tuning, tuned.enable_minmax_tuning),
+        "gradient_accumulate_steps": (steps, tuned.gradient_accumulate_steps),
+        "adam": (options.adam, "Adam" in type(tuned).__name__),
+        "scale_dtype": (SCALE_DTYPES[options.scale_dtype], tuner.scale_dtype),
+        "seed": (config.seed, tuner.seed),
+        "batch_size": (batch_size, calibrated.batch_size),
+        "nsamples": (rows[0], calibrated.nsamples),
+        "seqlen": (rows[1], calibrated.seqlen),
+    }
+    for name, (asked, taken) in (wanted | more).items():
+        if asked != taken:
+            raise RuntimeError(f"auto-round took {name}={taken}, not {asked}")
 
 
 def packed_linear(linear: nn.Linear, scheme: Scheme) -> Packed:
