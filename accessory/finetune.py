@@ -14,26 +14,30 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from accessory.assemble import CALIBRATED, Sources, as_stored, assemble, check_recipe, open_sources
+from accessory.assemble import assemble
 from accessory.bases import FROZEN_FILE, META_FILE
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
-from accessory.checkpoint import save_frozen, save_trainable
-from accessory.config import Config, LoggerConfig, LoggerName, Precision
+from accessory.config import Config, DataParallel, LoggerConfig, LoggerName, Precision
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
+from accessory.digest import refuse_differing_ranks, weight_digests
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.files import atomic_file, disk_error, link
+from accessory.interruption import Interruption
 from accessory.models import read_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
-from accessory.quantization.job.cached import calibrate_base
-from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, find_checkpoint, refuse_finished
-from accessory.strategies import DTYPES, Float16, World, find_world, make_strategy
+from accessory.quantization.job.cached import calibrate_base, trained_with
+from accessory.quantization.setting import CALIBRATED, as_stored
+from accessory.result import save_frozen, save_trainable
+from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, compare_settings, find_checkpoint, refuse_finished
+from accessory.sources import Sources, open_sources
+from accessory.strategies import DTYPES, Float16, World, find_world, join_ranks, make_strategy
 from accessory.summary import describe_run
-from accessory.tuning.recipe import trainable_names
+from accessory.tuning.recipe import check_recipe, trainable_names
 
 
 def finetune(config: Config) -> Path:
@@ -43,6 +47,7 @@ def finetune(config: Config) -> Path:
     """
     _quiet()
     world = find_world()
+    _check_strategy(config, world)
     output_dir = Path(config.output_dir).expanduser()
     refuse_finished(output_dir)
     sources = open_sources(config.model)
@@ -54,16 +59,23 @@ def finetune(config: Config) -> Path:
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     _check_images(config, data)
     _make_writable(output_dir)
-    if config.quantization.method in CALIBRATED:  # minutes to hours: after all that can be wrong
+    settings = _settings(config, sources, data, world)
+    is_calibrated = config.quantization.method in CALIBRATED
+    checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
+    loggers = _loggers(config.logger, output_dir)
+    if is_calibrated:  # minutes to hours: after all that can be wrong
         config = calibrate_base(config)
         sources = open_sources(config.model)
-    settings = _settings(config, sources, data, world)
-    checkpoint = find_checkpoint(output_dir, config.resume, settings)
-    loggers = _loggers(config.logger, output_dir)
+        settings = _settings(config, sources, data, world)
+        if checkpoint is not None:
+            compare_settings(checkpoint, settings)
 
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high" if config.train.precision is Precision.tf32 else "highest")
-    model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision])
+    join_ranks(world)
+    share = (world.rank, world.size) if _is_sharded(config, world) else None
+    model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
+    _agree(model, world)
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.model.checkpointing = config.train.checkpointing
     model.image_transform = deterministic(config.data.image_transform)
@@ -78,12 +90,14 @@ def finetune(config: Config) -> Path:
 
     checkpoints = Checkpoints(output_dir / "checkpoints", config.save, write_result)
     if checkpoint is not None:
-        checkpoints.restore_random_state(checkpoint, world.rank)
-    trainer = _trainer(config, world, loggers, data, [checkpoints, Curves(output_dir)])
+        checkpoints.continue_from(checkpoint, world.rank)
+    interruption = Interruption(checkpoints, _go_on(config))
+    trainer = _trainer(config, world, loggers, data, [interruption, checkpoints, Curves(output_dir)])
     if world.rank == 0:
         print(describe_run(config, model, data, world, checkpoint), flush=True)
         _write_settings(settings, output_dir / RUN_FILE)
-    _fit(trainer, module, data, checkpoint, output_dir)
+    with interruption:
+        _fit(trainer, module, data, checkpoint, output_dir)
 
     if world.rank == 0:
         meta |= {"steps": trainer.global_step}
@@ -96,6 +110,32 @@ def finetune(config: Config) -> Path:
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _is_sharded(config: Config, world: World) -> bool:
+    return config.strategy.data_parallel is DataParallel.fsdp and world.size > 1
+
+
+def _check_strategy(config: Config, world: World) -> None:
+    if _is_sharded(config, world) and not config.only_save_trainable:
+        raise UserError(
+            "--data_parallel fsdp: no rank holds the whole base, so none can write a merged model; add "
+            "--only_save_trainable, and merge afterwards with scripts/export.py"
+        )
+
+
+def _agree(model: Llama, world: World) -> None:
+    """All ranks hold the same weights; with fsdp they then put their shares together."""
+    if world.size > 1:
+        before = model.sharded.digests if model.sharded is not None else {}
+        refuse_differing_ranks(weight_digests(model) | before)
+    if model.sharded is not None:
+        model.sharded.connect()
+
+
+def _go_on(config: Config) -> str:
+    """How a stopped run is continued; a checkpoint that was named stays the one that is taken."""
+    return f"the same command{'' if config.resume is None else ' without --resume'} continues"
 
 
 def _check_images(config: Config, data: DataModule) -> None:
@@ -142,6 +182,7 @@ def _quiet() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
 
 
 def _make_writable(output_dir: Path) -> None:
@@ -162,7 +203,7 @@ def _settings(config: Config, sources: Sources, data: DataModule, world: World) 
     """What decides a run's numbers: a resumed run must agree on all of it."""
     settings = sources.identity | {
         "val_fraction": config.data.val_fraction,
-        "quantization": asdict(config.quantization),
+        "quantization": asdict(trained_with(config.quantization)),
         "recipe": asdict(config.recipe),
         "max_words": config.data.max_words,
         "packing": config.data.packing,
@@ -207,11 +248,19 @@ def _micro_batches(config: Config, data: DataModule) -> int:
     return min(micro, config.train.max_steps * config.train.accum_iter) if config.train.max_steps > 0 else micro
 
 
+def _val_interval(config: Config, data: DataModule) -> int:
+    """Micro-batches between the validations of an epoch. They come after whole optimizer steps, where a checkpoint can
+    be taken as well."""
+    micro, accum_iter = _micro_batches(config, data), config.train.accum_iter
+    steps = max(1, int(micro // accum_iter * min(1.0, config.train.val_interval)))
+    return micro if config.train.val_interval >= 1 else min(micro, steps * accum_iter)
+
+
 def _compile(model: Llama, config: Config, world: World) -> None:
     wanted = config.train.compile if config.train.compile is not None else world.device.type == "cuda"
     if wanted:
         for block in model.model.layers:
-            block.compile()
+            block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
 def _wandb(config: LoggerConfig, output_dir: Path) -> Logger:
@@ -251,7 +300,7 @@ def _trainer(
         max_epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         accumulate_grad_batches=config.train.accum_iter,
-        val_check_interval=min(1.0, config.train.val_interval),
+        val_check_interval=_val_interval(config, data),
         check_val_every_n_epoch=max(1, round(config.train.val_interval)),
         limit_train_batches=_micro_batches(config, data),
         limit_val_batches=1.0 if data.val_plan else 0,

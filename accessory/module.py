@@ -41,6 +41,8 @@ class FinetuneModule(LightningModule):
         self._micro: list[tuple[Tensor, list[int]]] = []  # (loss, items) of the step being accumulated
         self._validation = torch.zeros(2, dtype=torch.float64)
         self.validated_at = -1  # optimizer step of the last validation
+        self.stop_wanted = False  # this rank was told to stop
+        self.stop_agreed = False  # some rank was, and now all know it: after the same optimizer step
         self._unreadable: set[str] = set()  # images that could not be read any more; at the end those of all ranks
 
     def train(self, mode: bool = True) -> "FinetuneModule":
@@ -70,11 +72,19 @@ class FinetuneModule(LightningModule):
         trainables = [p for p in self.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")  # first: so that all ranks stop, or none
+        loss = self._reduce(loss[None])[0]  # first: so that all ranks stop, or none
         if not torch.isfinite(loss + norm) and not self._is_overflow(loss):
             self._stop_non_finite(norm)
         self.log_dict({"loss": loss, "grad_norm": norm}, prog_bar=True)
         self._micro.clear()
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        """[n] -> [n], the sum over ranks; on the way they agree whether to stop. So every rank has to come here equally
+        often: once an optimizer step, once a validation."""
+        wanted = torch.full_like(values[:1], float(self.stop_wanted))
+        total = self.trainer.strategy.reduce(torch.cat([values, wanted]), reduce_op="sum")
+        self.stop_agreed = total[-1].item() > 0
+        return total[:-1]
 
     def _is_overflow(self, loss: Tensor) -> bool:
         """With loss scaling an overflowing gradient is routine: the scaler skips that step and lowers its scale. Below
@@ -103,10 +113,17 @@ class FinetuneModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Token-weighted mean over the whole split."""
-        total = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum")
-        loss = (total[0] / total[1]).float()  # NaN where every image that answers belong to has vanished
+        nll, tokens = self.end_validation()
+        if self.stop_agreed:
+            return
+        loss = (nll / tokens).float()  # NaN where every image that answers belong to has vanished
         self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
         self.validated_at = self.trainer.global_step
+
+    def end_validation(self) -> Tensor:
+        """float64 [2]: loss and answer tokens of all ranks. A rank that was told to stop comes here early, instead of
+        later; the others then learn it here."""
+        return self._reduce(self._validation.to(self.device))
 
     def on_train_end(self) -> None:
         self._unreadable = set().union(*gather(self._unreadable))

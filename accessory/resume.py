@@ -9,78 +9,129 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 
 from accessory.bases import FROZEN_FILE, META_FILE, TRAINABLE_FILE
 from accessory.config import SaveConfig
 from accessory.errors import UserError
 from accessory.files import atomic_folder, sha256
 from accessory.models import read_json
+from accessory.module import FinetuneModule
 from accessory.strategies import gather
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
 
 
 class Checkpoints(Callback):
-    """Saves every `epoch_interval` epochs and `step_interval` steps; keeps the last `keep`.
+    """Saves every `epoch_interval` epochs and `step_interval` steps, and where a run is stopped; keeps the last `keep`.
+
+    A checkpoint is written right after an optimizer step. Whether a validation was to follow is part of it, and a
+    continued run starts with that: Lightning by itself would take it for done.
 
     write_result: writes the trainables and their metadata into a folder.
     """
 
     def __init__(self, folder: Path, config: SaveConfig, write_result: Callable[[Path], None]):
         self.folder, self.config, self.write_result = folder, config, write_result
+        self.newest: Optional[Path] = None  # that this process saved or continued from
         self._saved_at = -1
+        self._validation_due = False
         self._rng: Optional[dict[str, Any]] = None
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: FinetuneModule, outputs: Any, batch: Any, idx: int) -> None:
         trainer.train_dataloader.position = (trainer.current_epoch, idx + 1)
-        done = not trainer.fit_loop.epoch_loop._should_accumulate()
-        if done and trainer.global_step % self.config.step_interval == 0:
-            self._save(trainer)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if trainer.global_step % self.config.step_interval == 0 or self._ends_epochs(trainer) or module.stop_agreed:
+            self.save(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        is_last = trainer.current_epoch + 1 == trainer.max_epochs
-        if (trainer.current_epoch + 1) % self.config.epoch_interval == 0 or is_last:
-            self._save(trainer)
+    def _ends_epochs(self, trainer: Trainer) -> bool:
+        """After the last step of `epoch_interval` epochs, or of the run."""
+        epoch = trainer.current_epoch + 1
+        is_asked_for = epoch % self.config.epoch_interval == 0 or epoch == trainer.max_epochs
+        return (_ends_epoch(trainer) and is_asked_for) or trainer.global_step == trainer.max_steps
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """On all ranks, after an optimizer step; once where it is asked for twice."""
         if trainer.global_step == self._saved_at:
             return
-        self._saved_at = trainer.global_step
         rng = gather(random_state())
         target = self.folder / f"step-{trainer.global_step:08d}"
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            with atomic_folder(target) as partial:
+                trainer.save_checkpoint(partial / STATE_FILE)
+                torch.save(rng, partial / RNG_FILE)
+                self.write_result(partial)
+                known = self._frozen_sum(partial)
+                sums = known | {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.name not in known}
+                (partial / SUMS_FILE).write_text(json.dumps(sums, indent=2))
+            for old in checkpoint_folders(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        else:
             trainer.save_checkpoint(target)  # takes part in the barriers; only rank 0 writes
-            return
-        with atomic_folder(target) as partial:
-            trainer.save_checkpoint(partial / STATE_FILE)
-            torch.save(rng, partial / RNG_FILE)
-            self.write_result(partial)
-            known = self._frozen_sum(partial)
-            sums = known | {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.name not in known}
-            (partial / SUMS_FILE).write_text(json.dumps(sums, indent=2))
-        for old in checkpoint_folders(self.folder)[: -self.config.keep]:
-            shutil.rmtree(old)
+        self._saved_at, self.newest = trainer.global_step, target
+
+    def on_save_checkpoint(self, trainer: Trainer, module: FinetuneModule, checkpoint: dict[str, Any]) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        due = module.validated_at != trainer.global_step and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        checkpoint["validation_due"] = due
+        if _ends_epoch(trainer) or trainer.global_step == trainer.max_steps:
+            _count_epoch(checkpoint["loops"]["fit_loop"])
+
+    def on_load_checkpoint(self, trainer: Trainer, module: FinetuneModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_at, self._validation_due = checkpoint["global_step"], checkpoint["validation_due"]
 
     @staticmethod
     def _frozen_sum(folder: Path) -> dict[str, str]:
         """The checksum of the frozen file, which is the same in each checkpoint and may have gigabytes."""
         return {FROZEN_FILE: read_json(folder / META_FILE)["frozen_sha256"]} if (folder / FROZEN_FILE).exists() else {}
 
-    def restore_random_state(self, folder: Path, rank: int) -> None:
-        """Remember the state of `folder` for the moment training starts, after everything that draws numbers."""
+    def continue_from(self, folder: Path, rank: int) -> None:
+        """Remember the random state of `folder` for the moment training starts, after all that draws numbers."""
+        self.newest = folder
         states = torch.load(folder / RNG_FILE, weights_only=False)
         self._rng = states[rank]
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: FinetuneModule) -> None:
         if self._rng is not None:
             set_random_state(self._rng)
+        if trainer.fit_loop.is_resuming:
+            self._resume(trainer)
+
+    def _resume(self, trainer: Trainer) -> None:
+        """What Lightning leaves out: the validation that was due, and the order of the data in a new epoch."""
+        fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        is_between_epochs = fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.processed
+        if self._validation_due and trainer.enable_validation:
+            loop._batches_that_stepped -= is_between_epochs  # logged like one before the epoch's end
+            loop.val_loop.restarting = False  # else it goes on behind the last batch of the one before
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+            loop._batches_that_stepped += is_between_epochs
+        if is_between_epochs:
+            loop.restarting = False  # with max_steps it would go on behind the old epoch's last batch
+            trainer.train_dataloader.sampler.set_epoch(trainer.current_epoch)
+            iter(fit_loop._data_fetcher)  # its workers have begun with the first epoch
+
+
+def _ends_epoch(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def _count_epoch(fit_loop: dict[str, Any]) -> None:
+    """Lightning's counters after an epoch's last step, as they stand when the epoch is over."""
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    batches["total"]["completed"] = batches["total"]["processed"]
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    for progress in (epochs["total"], epochs["current"]):
+        progress["processed"] = progress["completed"] = progress["ready"]
 
 
 def random_state() -> dict[str, Any]:
@@ -116,15 +167,18 @@ def refuse_finished(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: holds a finished run; choose another, or remove it")
 
 
-def find_checkpoint(output_dir: Path, resume: Optional[str], settings: dict[str, Any]) -> Optional[Path]:
+def find_checkpoint(
+    output_dir: Path, resume: Optional[str], settings: dict[str, Any], unknown: Collection[str] = ()
+) -> Optional[Path]:
     """The checkpoint to continue from, or None to start; refuses what would overwrite or mix two runs.
 
     settings: everything that decides the run's numbers; run.json holds those that the folder was started with.
+    unknown: those that are not known yet, and are left to `compare_settings`.
     """
     refuse_finished(output_dir)
     if resume is None:
         candidates = checkpoint_folders(output_dir / "checkpoints")
-        return _newest_whole(candidates, settings) if candidates else None
+        return _newest_whole(candidates, settings, unknown) if candidates else None
     named = Path(resume).expanduser()
     candidates = checkpoint_folders(named / "checkpoints") or [named]
     run = candidates[0].absolute().parent.parent
@@ -132,12 +186,12 @@ def find_checkpoint(output_dir: Path, resume: Optional[str], settings: dict[str,
         raise UserError(f"--resume {resume}: not a whole checkpoint ({wrong})")
     if run != output_dir.absolute() and any((output_dir / name).exists() for name in (RUN_FILE, "checkpoints")):
         raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume}; choose another")
-    return _newest_whole(candidates, settings)
+    return _newest_whole(candidates, settings, unknown)
 
 
-def _newest_whole(candidates: list[Path], settings: dict[str, Any]) -> Path:
+def _newest_whole(candidates: list[Path], settings: dict[str, Any], unknown: Collection[str]) -> Path:
     run = candidates[0].absolute().parent.parent
-    _compare(run / RUN_FILE, settings)
+    compare_settings(candidates[0], settings, unknown)
     for checkpoint in reversed(candidates):
         wrong = damage(checkpoint)
         if wrong is None:
@@ -146,7 +200,9 @@ def _newest_whole(candidates: list[Path], settings: dict[str, Any]) -> Path:
     raise UserError(f"--output_dir {run}: no checkpoint in it is whole; choose another folder, or remove it")
 
 
-def _compare(run_file: Path, settings: dict[str, Any]) -> None:
+def compare_settings(checkpoint: Path, settings: dict[str, Any], unknown: Collection[str] = ()) -> None:
+    """Refuse to continue the run of a checkpoint with other settings. unknown: those that are not compared."""
+    run_file = checkpoint.absolute().parent.parent / RUN_FILE
     if not run_file.is_file():
         raise UserError(
             f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir"
@@ -154,7 +210,7 @@ def _compare(run_file: Path, settings: dict[str, Any]) -> None:
     started_with = json.loads(run_file.read_text())
     for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
         before, now = started_with.get(key), settings.get(key)
-        if before != now:
+        if before != now and key not in unknown:
             raise UserError(
                 f"{run_file.parent}: its run was started with {key}={before!r}, this one has {now!r}; "
                 "give the same settings to continue it, or choose another --output_dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,28 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def join_ranks(world: World) -> None:
+    """Let the ranks talk to each other, from here until the process ends."""
+    if world.size == 1 or torch.distributed.is_initialized():
+        return
+    gpu = {"backend": "nccl", "device_id": world.device} if world.device.type == "cuda" else {"backend": "gloo"}
+    torch.distributed.init_process_group(**gpu)
+    atexit.register(_leave_ranks)
+
+
+def _leave_ranks() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def make_strategy(config: StrategyConfig, world: World) -> Strategy:
     if world.size == 1:
         return SingleDeviceStrategy(world.device)
-    # Buffers are the frozen payload, loaded identically on all ranks: never broadcast them.
+    # Nothing is sent around at the start: all ranks hold the same, which their digests say, and buffers are the frozen
+    # payload, or with fsdp each rank's own place to gather it.
     return DDPStrategy(
         broadcast_buffers=False,
+        init_sync=False,
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if world.device.type == "cuda" else "gloo",
     )

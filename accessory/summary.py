@@ -63,6 +63,10 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
     ]
     if isinstance(model, QFormerLlama):
         rows.insert(3, ("images", image_part_line(model)))
+    if model.sharded is not None:
+        held, passing = model.sharded.share_bytes, model.sharded.buffer_bytes
+        shares = f"each holds {held / 2**20:,.0f} MiB of the frozen, and two blocks in turn, {passing / 2**20:,.0f} MiB"
+        rows.insert(-1, ("", shares))
     if train.checkpointing:
         rows.insert(-1, ("", "activations recomputed in backward"))
     if data.val_report is not None:

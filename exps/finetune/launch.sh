@@ -34,4 +34,4 @@ torchrun --master_port="${MASTER_PORT:-1112}" --nproc_per_node="${NPROC:-$((gpus
     "$root/main_finetune.py" experiment="$experiment" --output_dir "$output" \
     "${kind[@]}" --llama_config "$llama_config" --tokenizer_path "$tokenizer" \
     --pretrained_path "$pretrained" --data_config "$root/configs/data/finetune/$data.yaml" "$@" \
-    2>&1 | tee -a "$output/output.log"
+    2>&1 | tee -i -a "$output/output.log" # -i: Ctrl-C is for the run, which saves and says so

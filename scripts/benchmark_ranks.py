@@ -1,0 +1,160 @@
+"""Training speed and memory on several GPUs of one machine: sdp beside fsdp, random weights of LLaMA2's shapes in NF4.
+
+    python scripts/benchmark_ranks.py --model 70b --ranks 2 --batch 1 --length 512
+    python scripts/benchmark_ranks.py --model tiny --ranks 2 --length 64 --steps 5      # anywhere, in a minute
+
+A row is one strategy with or without activation checkpointing: tokens/s of all ranks together (median step), the
+largest peak of a GPU's allocations, and what a rank holds of the payload. Digests of all weights are compared over the
+ranks before the first step, and with fsdp, after the last, with what the ranks hold together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import benchmark
+import torch
+import torch.distributed as dist
+from benchmark import SHAPES, build_ours, synchronize, train_step
+
+HEAD = (
+    f"{'strategy':<10}{'checkpointing':>14}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}{'payload GiB':>13}"
+    f"{'build s':>9}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="tiny")
+    parser.add_argument("--recipe", default="norm_bias")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", choices=["sdp", "fsdp"], default=["sdp", "fsdp"])
+    parser.add_argument("--batch", type=int, default=1, help="rows a rank")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        measure_rank(options)
+        return
+    print(HEAD, flush=True)
+    rows = []
+    for strategy in options.strategies:
+        words = [word for word in sys.argv[1:] if word != "--strategies" and word not in ("sdp", "fsdp")]
+        run = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}",
+             __file__, *words, "--strategies", strategy],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for line in run.stdout:
+            if line.startswith("RESULT "):
+                rows.append(json.loads(line.removeprefix("RESULT ")))
+                print(_row(rows[-1]), flush=True)
+                if options.output is not None:
+                    options.output.write_text(json.dumps(rows, indent=2) + "\n")
+        if run.wait():
+            raise SystemExit(f"{strategy} failed")
+
+
+def measure_rank(options: argparse.Namespace) -> None:
+    """Both kinds of steps on one model, in a process that torchrun started."""
+    from accessory.digest import refuse_differing_ranks, weight_digests
+    from accessory.strategies import find_world, join_ranks
+
+    (strategy,) = options.strategies
+    world = find_world()
+    join_ranks(world)
+    benchmark.DEVICE = world.device
+    case = {
+        "model": options.model, "recipe": options.recipe, "images": None, "checkpointing": False,
+        "compile": not options.no_compile and world.device.type == "cuda", "batch": options.batch,
+        "length": options.length,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model, loss = build_ours(case, (world.rank, world.size) if strategy == "fsdp" else None)
+    built = time.perf_counter() - start
+    payload = model.sharded
+    refuse_differing_ranks(weight_digests(model) | (payload.digests if payload is not None else {}))
+    if payload is not None:
+        payload.connect()
+    held = payload.share_bytes if payload is not None else _payload_bytes(model)
+    synchronized = _Synchronized(model, loss)
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        synchronized, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+    )
+    for checkpointing in (True, False):
+        model.model.checkpointing = checkpointing
+        torch.manual_seed(world.rank)
+        milliseconds, peak = _measure_steps(train_step(model, wrapped, case), options)
+        gathered: list = [None] * world.size
+        dist.all_gather_object(gathered, (milliseconds, peak))
+        slowest, largest = (max(values) for values in zip(*gathered, strict=True))
+        if world.rank == 0:
+            tokens = options.batch * options.length * world.size
+            result = {
+                "model": options.model, "recipe": options.recipe, "strategy": strategy, "ranks": world.size,
+                "checkpointing": checkpointing, "tokens_per_s": 1000 * tokens / slowest, "ms_per_step": slowest,
+                "peak_gib": largest, "payload_gib": held / 2**30, "build_s": built, "device": _device(world.device),
+                "torch": torch.__version__,
+            }  # fmt: skip
+            print("RESULT " + json.dumps(result), flush=True)
+    if payload is not None and payload.gathered_digests() != payload.digests:
+        raise SystemExit("the payload is not what it was")
+
+
+class _Synchronized(torch.nn.Module):
+    """The loss as a module, for DistributedDataParallel to find the trainables."""
+
+    def __init__(self, model: torch.nn.Module, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.loss(input_ids)
+
+
+def _measure_steps(step, options: argparse.Namespace) -> tuple[float, float]:
+    """(median milliseconds, peak GiB)"""
+    from accessory.callbacks import peak_memory_gib
+
+    times = []
+    for i in range(options.warmup + options.steps):
+        if i == options.warmup and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[options.warmup :]), peak_memory_gib()
+
+
+def _payload_bytes(model: torch.nn.Module) -> int:
+    from accessory.summary import frozen_bytes
+
+    return frozen_bytes(model)[1]
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _row(row: dict) -> str:
+    return (
+        f"{row['strategy']:<10}{'yes' if row['checkpointing'] else 'no':>14}{row['tokens_per_s']:>10,.0f}"
+        f"{row['ms_per_step']:>9.0f}{row['peak_gib']:>10.2f}{row['payload_gib']:>13.3f}{row['build_s']:>9.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

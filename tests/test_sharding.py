@@ -1,0 +1,304 @@
+"""fsdp: the payload in shares, gathered block by block, with the results of the whole."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import alpaca_items
+from ranks import run_ranks
+from test_finetune import logged, short_data, tiny_config
+from test_module import RUN, update_distance
+from test_multimodal import picture_items, write_data
+from torch import Tensor
+from transformers import LlamaConfig
+
+import accessory.digest as digest_module
+import accessory.finetune as finetune_module
+import accessory.sharding as sharding
+from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.digest import digest, weight_digests
+from accessory.errors import UserError
+from accessory.finetune import finetune
+from accessory.models.llama import Llama
+from accessory.module import FinetuneModule, batch_loss
+from accessory.quantization import block_linears, quantize
+from accessory.resume import Checkpoints
+from accessory.sharding import ShardedPayload
+from accessory.strategies import find_world, join_ranks
+from accessory.tuning.recipe import add_trainables, canonical_name, mark_trainable
+
+BLOCKS = 5
+RECIPE = RecipeConfig(name="norm_bias_lora", lora=True, rank=2)
+
+
+# --- whole runs: two ranks against one process ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nine_items(tmp_path_factory) -> Path:
+    return short_data(tmp_path_factory.mktemp("nine"), alpaca_items(9))
+
+
+@pytest.fixture(scope="module")
+def nine_pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nine_pictures")
+    items = picture_items(folder / "images", 9)
+    return write_data(folder, items, prompt_type="None", root=str(folder / "images"))
+
+
+def watched_run(base: Path, data: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run on this rank, and what its payload was before the split, after the first step and after the last save."""
+    seen: dict[str, Any] = {}
+    original_agree, original_clip = finetune_module._agree, FinetuneModule.configure_gradient_clipping
+    original_save = Checkpoints.save
+
+    def agree(model, world):
+        original_agree(model, world)
+        seen["model"] = model
+        if model.sharded is not None:
+            seen["share"] = model.sharded.share_bytes, model.sharded.whole_bytes
+            seen["before"] = model.sharded.digests
+
+    def clip(module, *arguments, **named):
+        original_clip(module, *arguments, **named)
+        if "first step" not in seen and seen["model"].sharded is not None:
+            seen["first step"] = seen["model"].sharded.gathered_digests()
+
+    def save(checkpoints, trainer):
+        original_save(checkpoints, trainer)
+        if seen["model"].sharded is not None:
+            seen["save"] = seen["model"].sharded.gathered_digests()
+
+    finetune_module._agree, FinetuneModule.configure_gradient_clipping = agree, clip
+    Checkpoints.save = save
+    finetune(tiny_config(base, data, out, **changes))
+    return {key: value for key, value in seen.items() if key != "model"}
+
+
+@pytest.fixture(scope="module", params=["nf4-language", "rtn-language", "nf4-images", "rtn-images"])
+def case(request, tmp_path_factory, meta_folder, qformer_folder, nine_items, nine_pictures):
+    """base, data, settings of a run, and its output on one process: 9 items in steps of 4, the last of one item."""
+    method, _, kind = request.param.partition("-")
+    base, data = (qformer_folder, nine_pictures) if kind == "images" else (meta_folder, nine_items)
+    changes = RUN | {
+        "quantization.method": method,
+        "quantization.group_size": 32,
+        "recipe.lora": True,
+        "recipe.rank": 2,
+        "save.step_interval": 2,
+    }
+    out = tmp_path_factory.mktemp("alone") / "out"
+    finetune(tiny_config(base, data, out, **changes))
+    return base, data, changes, out
+
+
+@pytest.mark.parametrize("strategy", ["sdp", "fsdp"])
+def test_two_ranks_give_the_losses_and_trainables_of_one_process(strategy, case, tmp_path):
+    base, data, changes, alone = case
+    changes = changes | {"train.batch_size": 1, "train.accum_iter": 2, "strategy.data_parallel": strategy}
+    changes["train.checkpointing"] = "images" in str(data)  # the language runs without, the others with
+    seen = run_ranks(watched_run, base, data, tmp_path / "two", changes)
+    for rank in seen:
+        assert not isinstance(rank, BaseException), rank
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
+    assert update_distance(alone, tmp_path / "two", base) < 1e-4
+    if strategy == "fsdp":
+        for rank in seen:
+            share, whole = rank["share"]
+            assert share * 2 == whole
+            assert len(rank["before"]) >= 2 * 7 * 2
+            assert rank["before"] == rank["first step"] == rank["save"]
+
+
+def with_a_planted_difference(base: Path, data: Path, out: Path, strategy: str) -> str:
+    """Rank 1 has another scale in one linear of the last block."""
+    import accessory.quantization.linear as linear
+
+    original = linear.QuantLinear.load_weight
+    count = []
+
+    def load_weight(layer, weight):
+        original(layer, weight)
+        count.append(layer)
+        if len(count) == 13 and find_world().rank == 1:
+            layer.scales[0, 0] *= 1.001
+
+    linear.QuantLinear.load_weight = load_weight
+    with pytest.raises(UserError) as caught:
+        finetune(tiny_config(base, data, out, **{"quantization.method": "rtn", "strategy.data_parallel": strategy}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["sdp", "fsdp"])
+def test_a_rank_with_another_scale_stops_the_run_before_its_first_step(strategy, tmp_path, meta_folder, nine_items):
+    told = run_ranks(with_a_planted_difference, meta_folder, nine_items, tmp_path / "out", strategy)
+    for message in told:
+        assert "rank 1 holds other weights than rank 0: model.layers.1." in message, message
+        assert "scales" in message
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_fsdp_without_only_save_trainable_is_refused(tmp_path, meta_folder, nine_items, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes = {"strategy.data_parallel": "fsdp", "only_save_trainable": False}
+    with pytest.raises(UserError, match=r"--data_parallel fsdp: .*--only_save_trainable.*scripts/export.py"):
+        finetune(tiny_config(meta_folder, nine_items, tmp_path / "out", **changes))
+
+
+def test_fsdp_on_one_process_shards_nothing(tmp_path, meta_folder, nine_items):
+    out = finetune(tiny_config(meta_folder, nine_items, tmp_path / "out", **{"strategy.data_parallel": "fsdp"}))
+    assert (out / "trainable.safetensors").is_file()
+
+
+# --- blocks that take turns -------------------------------------------------------------------------------------------
+
+
+def five_blocks(method: str, checkpointing: bool = False) -> Llama:
+    """A quantized model ready to train, the same on every rank; dropout-free."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = Llama(config)
+    weights = {
+        name: torch.randn(layer.weight.shape) / 8
+        for name, layer in model.named_modules()
+        if hasattr(layer, "in_features")
+    }
+    quantize(model, QuantizationConfig(method=QuantMethod(method), group_size=32), torch.float32)
+    add_trainables(model, RECIPE)
+    mark_trainable(model, RECIPE)
+    for name, layer in block_linears(model).items():
+        layer.load_weight(weights[canonical_name(name + ".").rstrip(".")])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.model.checkpointing = checkpointing
+    return model.train()
+
+
+def sharded(model: Llama) -> ShardedPayload:
+    payload = ShardedPayload(model, dist.get_rank(), dist.get_world_size())
+    for name in block_linears(model):
+        payload.loaded(canonical_name(f"{name}.weight"))
+    payload.connect()
+    return payload
+
+
+def step(model: Llama) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = torch.arange(32, device=model.device).reshape(2, 16) * 7 % 96
+    positions = torch.arange(16, device=model.device).expand(2, 16)
+    model.zero_grad()
+    loss = batch_loss(model, {"input_ids": ids, "position_ids": positions, "targets": ids.roll(-1, 1)})
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole_against_sharded(method: str, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+    """Two steps and a validation of both on this rank; the blocks gathered, in order, step by step."""
+    world = find_world()
+    join_ranks(world)
+    whole, model = (five_blocks(method, checkpointing).to(world.device) for _ in range(2))
+    payload = sharded(model)
+    if compiled:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+    fetched, original = [], sharding.all_gather
+
+    def gather(output, share, **named):
+        fetched[-1].append(next(i for i, unit in enumerate(payload._units) if unit.share is share))
+        assert output.numel() == payload._units[0].size
+        return original(output, share, **named)
+
+    sharding.all_gather = gather
+    same = []
+    for _ in range(2):
+        fetched.append([])
+        (loss, gradients), (other, others) = step(whole), step(model)
+        same.append(torch.equal(loss, other) and all(torch.equal(gradients[n], others[n]) for n in gradients))
+    with torch.no_grad():
+        fetched.append([])
+        ids = torch.arange(8, device=world.device).unsqueeze(0)
+        same.append(torch.equal(whole(ids), model(ids)))
+    sharding.all_gather = original
+    parts = sum(layer.payload[0].numel() for layer in block_linears(whole).values())
+    return {
+        "same": same,
+        "fetched": fetched,
+        "held": (payload.share_bytes, payload.whole_bytes, payload.buffer_bytes, parts),
+        "unchanged": payload.gathered_digests() == payload.digests,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "compiled"),
+    [("nf4", False, False), ("rtn", True, False), ("nf4", True, True)],
+)
+def test_blocks_in_shares_compute_what_whole_ones_do_and_each_is_gathered_once_a_pass(method, checkpointing, compiled):
+    for rank in run_ranks(whole_against_sharded, method, checkpointing, compiled):
+        assert not isinstance(rank, BaseException), rank
+        assert rank["same"] == [True, True, True]
+        first, second, validation = rank["fetched"]
+        assert first == [0, 1, 2, 3, 4, 2, 1, 0]  # 4 and 3 are still there when backward begins
+        assert second == [2, 3, 4, 2, 1, 0]  # as 0 and 1 are when the next forward does
+        assert validation == [2, 3, 4]
+        share, whole, buffers, codes = rank["held"]
+        assert whole / 2 == share and codes <= whole <= 1.5 * codes
+        assert buffers == 2 * whole / BLOCKS
+        assert rank["unchanged"]
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.bfloat16, torch.int32])
+def test_every_single_bit_counts(dtype, monkeypatch):
+    monkeypatch.setattr(digest_module, "CHUNK", 3)
+    raw = torch.randint(0, 256, (60,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = {digest(raw.view(dtype))}
+    for position in range(60):
+        for bit in range(8):
+            changed = raw.clone()
+            changed[position] ^= 1 << bit
+            found.add(digest(changed.view(dtype)))
+    assert len(found) == 1 + 60 * 8
+
+
+def test_changes_of_two_words_do_not_cancel():
+    """Two signs turned, which a weighted sum of the words would not see."""
+    tensor = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = {digest(tensor)}
+    for i in range(64):
+        for j in range(i):
+            changed = tensor.clone()
+            changed[[i, j]] *= -1
+            found.add(digest(changed))
+    assert len(found) == 1 + 64 * 63 // 2
+
+
+def test_order_counts_and_chunks_do_not(monkeypatch):
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = digest(tensor)
+    assert digest(tensor.flip(0)) != whole
+    assert digest(torch.cat([tensor[2:4], tensor[:2], tensor[4:]])) != whole
+    monkeypatch.setattr(digest_module, "CHUNK", 7)
+    assert digest(tensor) == whole
+
+
+def test_nan_patterns_of_packed_codes_are_bytes_like_others():
+    """0x7FC0 and its like, which a cast to 16-bit floats and back need not keep."""
+    model = five_blocks("nf4")
+    payload = torch.cat([layer.packed.reshape(-1) for layer in block_linears(model).values()])
+    assert payload.view(torch.bfloat16).isnan().any()
+    assert len(set(weight_digests(copy.deepcopy(model)).items()) ^ set(weight_digests(model).items())) == 0
