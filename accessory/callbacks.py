@@ -63,6 +63,11 @@ class ProgressBar(TQDMProgressBar):
                 shown[name] = form.format(float(trainer.callback_metrics[name]))
         return shown
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()  # what is told next starts on a line of its own
+
 
 class Curves(Callback):
     """Draws the curves of a run that stopped early too; one that ends has them drawn after its last validation."""

@@ -61,6 +61,8 @@ def run_command(main: Callable[[], Any]) -> None:
     except UserError as error:
         first = int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first or isinstance(error, OwnError):
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # off the line of a progress bar
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -50,6 +50,8 @@ def _first_choice(word: str) -> str:
     override = parse_override(word)
     if override.value() is None and (options := group_options(override.key_or_group)):
         raise UserError(f"{word}: a group needs an option; known: {', '.join(options)}")
+    if override.key_or_group == "resume":
+        raise UserError(f"{word}: resume is a group of keys; name the folder with --resume or resume.path=")
     if not override.is_sweep_override():
         return word
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()), '')}"

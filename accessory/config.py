@@ -228,6 +228,15 @@ class SaveConfig:
 
 
 @dataclass
+class ResumeConfig:
+    path: Optional[str] = None
+    """Checkpoint folder to continue from, or another run's output_dir; unset: the newest whole one of output_dir, if
+    any."""
+    allow_world_size: bool = False
+    """Continue with another number of devices than the checkpoint was saved with, from the start of the next epoch."""
+
+
+@dataclass
 class StrategyConfig:
     data_parallel: DataParallel = DataParallel.sdp
     """sdp: the frozen base on every rank, trainables all-reduced. fsdp: the quantized part of it spread over the ranks
@@ -256,8 +265,6 @@ class Config:
     """Seed of LoRA's initialisation, dropout and data order."""
     only_save_trainable: bool = False
     """Save the trainables only (needed with quantization); otherwise a merged 16-bit model is saved too."""
-    resume: Optional[str] = None
-    """Checkpoint folder to continue from; unset: the newest whole one of output_dir, if any."""
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -265,6 +272,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 

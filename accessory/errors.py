@@ -14,6 +14,14 @@ class OwnError(UserError):
     """A mistake that this process met alone, not every rank alike: it has to tell of it itself."""
 
 
+class Interrupted(SystemExit):
+    """A run was stopped by a signal, in order; ends the process with 128 + its number, as shells tell it."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(128 + number)
+        self.message = message
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """' (did you mean x?)' for the nearest known word, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -83,11 +83,15 @@ def disk_error(error: Exception, target: Path) -> Exception:
     # torch.save reports a full disk as a RuntimeError about its stream.
     if isinstance(error, RuntimeError) and ("unexpected pos" in message or "iostream" in message):
         number = errno.ENOSPC
+    for folder in reversed(target.parents):  # a folder within one that is being filled is not known outside
+        if folder.name.startswith(".") and folder.name.endswith(".partial"):
+            target = folder.with_name(folder.name.removeprefix(".").removesuffix(".partial"))
+            break
     if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in message:
         free = shutil.disk_usage(target.parent).free / 2**20
         return UserError(
             f"no space left for {target} ({free:.0f} MiB free); nothing was overwritten; free some and rerun"
         )
-    if number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if number in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG):
         return UserError(f"{target} cannot be written: {os.strerror(number)}")
     return error

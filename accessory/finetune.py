@@ -33,9 +33,18 @@ from accessory.module import FinetuneModule
 from accessory.quantization.job.cached import calibrate_base, trained_with
 from accessory.quantization.setting import CALIBRATED, as_stored
 from accessory.result import save_frozen, save_trainable
-from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints, compare_settings, find_checkpoint, refuse_finished
+from accessory.resume import (
+    RUN_FILE,
+    STATE_FILE,
+    Checkpoints,
+    compare_settings,
+    find_checkpoint,
+    refuse_finished,
+    split_of,
+)
 from accessory.sources import Sources, open_sources
-from accessory.strategies import DTYPES, Float16, World, find_world, join_ranks, make_strategy
+from accessory.split import SPLIT_KEYS, NextEpoch, Split
+from accessory.strategies import DTYPES, Float16, PlainCheckpointIO, World, find_world, join_ranks, make_strategy
 from accessory.summary import describe_run
 from accessory.tuning.recipe import check_recipe, trainable_names
 
@@ -68,7 +77,7 @@ def finetune(config: Config) -> Path:
         sources = open_sources(config.model)
         settings = _settings(config, sources, data, world)
         if checkpoint is not None:
-            compare_settings(checkpoint, settings)
+            compare_settings(checkpoint, settings, SPLIT_KEYS)
 
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high" if config.train.precision is Precision.tf32 else "highest")
@@ -88,11 +97,15 @@ def finetune(config: Config) -> Path:
     def write_result(folder: Path) -> None:
         save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer, frozen)
 
-    checkpoints = Checkpoints(output_dir / "checkpoints", config.save, write_result)
+    split, before = Split.of(settings), None if checkpoint is None else split_of(checkpoint)
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.save, split, write_result)
     if checkpoint is not None:
-        checkpoints.continue_from(checkpoint, world.rank)
+        checkpoints.continue_from(checkpoint, world.rank if before == split else None)
     interruption = Interruption(checkpoints, _go_on(config))
-    trainer = _trainer(config, world, loggers, data, [interruption, checkpoints, Curves(output_dir)])
+    callbacks = [interruption, checkpoints, Curves(output_dir)]
+    if before not in (None, split):
+        callbacks.append(NextEpoch(before, data.train_plan.rows, config.seed, world.rank))
+    trainer = _trainer(config, world, loggers, data, callbacks)
     if world.rank == 0:
         print(describe_run(config, model, data, world, checkpoint), flush=True)
         _write_settings(settings, output_dir / RUN_FILE)
@@ -135,7 +148,7 @@ def _agree(model: Llama, world: World) -> None:
 
 def _go_on(config: Config) -> str:
     """How a stopped run is continued; a checkpoint that was named stays the one that is taken."""
-    return f"the same command{'' if config.resume is None else ' without --resume'} continues"
+    return f"the same command{'' if config.resume.path is None else ' without --resume'} continues"
 
 
 def _check_images(config: Config, data: DataModule) -> None:
@@ -296,7 +309,7 @@ def _trainer(
         devices=world.local_size if world.size > 1 else [world.local_rank] if world.device.type == "cuda" else 1,
         num_nodes=world.nodes,
         strategy=make_strategy(config.strategy, world),
-        plugins=[Float16(world.device)] if config.train.precision is Precision.fp16 else None,
+        plugins=[PlainCheckpointIO(), *([Float16(world.device)] if config.train.precision is Precision.fp16 else [])],
         max_epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         accumulate_grad_batches=config.train.accum_iter,

@@ -60,7 +60,7 @@ FINETUNE_FLAGS = [
     Flag("save_interval", "save.epoch_interval"),
     Flag("save_iteration_interval", "save.step_interval"),
     Flag("seed", "seed"),
-    Flag("resume", "resume"),
+    Flag("resume", "resume.path"),
     Flag("data_parallel", "strategy.data_parallel"),
     Flag("model_parallel_size", "strategy.model_parallel_size"),
 ]

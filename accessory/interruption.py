@@ -19,7 +19,7 @@ from accessory.errors import Interrupted
 from accessory.module import FinetuneModule
 from accessory.resume import Checkpoints
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a connection breaks
 
 
 class Interruption(Callback):

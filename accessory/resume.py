@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,14 +19,16 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from accessory.bases import FROZEN_FILE, META_FILE, TRAINABLE_FILE
-from accessory.config import SaveConfig
+from accessory.config import ResumeConfig, SaveConfig
 from accessory.errors import UserError
 from accessory.files import atomic_folder, sha256
 from accessory.models import read_json
 from accessory.module import FinetuneModule
+from accessory.split import SPLIT_KEYS, Split, count_epoch
 from accessory.strategies import gather
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
+SPLIT_FILE = "split.json"  # of each checkpoint its own: those of a folder can come from different numbers of ranks
 
 
 class Checkpoints(Callback):
@@ -37,8 +40,8 @@ class Checkpoints(Callback):
     write_result: writes the trainables and their metadata into a folder.
     """
 
-    def __init__(self, folder: Path, config: SaveConfig, write_result: Callable[[Path], None]):
-        self.folder, self.config, self.write_result = folder, config, write_result
+    def __init__(self, folder: Path, config: SaveConfig, split: Split, write_result: Callable[[Path], None]):
+        self.folder, self.config, self.split, self.write_result = folder, config, split, write_result
         self.newest: Optional[Path] = None  # that this process saved or continued from
         self._saved_at = -1
         self._validation_due = False
@@ -67,6 +70,7 @@ class Checkpoints(Callback):
             with atomic_folder(target) as partial:
                 trainer.save_checkpoint(partial / STATE_FILE)
                 torch.save(rng, partial / RNG_FILE)
+                (partial / SPLIT_FILE).write_text(json.dumps(asdict(self.split)))
                 self.write_result(partial)
                 known = self._frozen_sum(partial)
                 sums = known | {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.name not in known}
@@ -82,7 +86,7 @@ class Checkpoints(Callback):
         due = module.validated_at != trainer.global_step and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         checkpoint["validation_due"] = due
         if _ends_epoch(trainer) or trainer.global_step == trainer.max_steps:
-            _count_epoch(checkpoint["loops"]["fit_loop"])
+            count_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, module: FinetuneModule, checkpoint: dict[str, Any]) -> None:
         self._saved_at, self._validation_due = checkpoint["global_step"], checkpoint["validation_due"]
@@ -92,11 +96,14 @@ class Checkpoints(Callback):
         """The checksum of the frozen file, which is the same in each checkpoint and may have gigabytes."""
         return {FROZEN_FILE: read_json(folder / META_FILE)["frozen_sha256"]} if (folder / FROZEN_FILE).exists() else {}
 
-    def continue_from(self, folder: Path, rank: int) -> None:
-        """Remember the random state of `folder` for the moment training starts, after all that draws numbers."""
+    def continue_from(self, folder: Path, rank: Optional[int]) -> None:
+        """Remember the random state of `folder` for the moment training starts, after all that draws numbers.
+
+        rank: None where the ranks are others than those that saved theirs.
+        """
         self.newest = folder
-        states = torch.load(folder / RNG_FILE, weights_only=False)
-        self._rng = states[rank]
+        if rank is not None:
+            self._rng = torch.load(folder / RNG_FILE, weights_only=False)[rank]
 
     def on_train_start(self, trainer: Trainer, module: FinetuneModule) -> None:
         if self._rng is not None:
@@ -123,15 +130,6 @@ class Checkpoints(Callback):
 
 def _ends_epoch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-
-
-def _count_epoch(fit_loop: dict[str, Any]) -> None:
-    """Lightning's counters after an epoch's last step, as they stand when the epoch is over."""
-    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
-    batches["total"]["completed"] = batches["total"]["processed"]
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-    for progress in (epochs["total"], epochs["current"]):
-        progress["processed"] = progress["completed"] = progress["ready"]
 
 
 def random_state() -> dict[str, Any]:
@@ -168,7 +166,7 @@ def refuse_finished(output_dir: Path) -> None:
 
 
 def find_checkpoint(
-    output_dir: Path, resume: Optional[str], settings: dict[str, Any], unknown: Collection[str] = ()
+    output_dir: Path, resume: ResumeConfig, settings: dict[str, Any], unknown: Collection[str] = ()
 ) -> Optional[Path]:
     """The checkpoint to continue from, or None to start; refuses what would overwrite or mix two runs.
 
@@ -176,42 +174,67 @@ def find_checkpoint(
     unknown: those that are not known yet, and are left to `compare_settings`.
     """
     refuse_finished(output_dir)
-    if resume is None:
+    if resume.path is None:
         candidates = checkpoint_folders(output_dir / "checkpoints")
-        return _newest_whole(candidates, settings, unknown) if candidates else None
-    named = Path(resume).expanduser()
+        return _newest_whole(candidates, resume, settings, unknown) if candidates else None
+    named = Path(resume.path).expanduser()
     candidates = checkpoint_folders(named / "checkpoints") or [named]
     run = candidates[0].absolute().parent.parent
     if candidates == [named] and (wrong := damage(named)) is not None:
-        raise UserError(f"--resume {resume}: not a whole checkpoint ({wrong})")
-    if run != output_dir.absolute() and any((output_dir / name).exists() for name in (RUN_FILE, "checkpoints")):
-        raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume}; choose another")
-    return _newest_whole(candidates, settings, unknown)
+        raise UserError(f"--resume {resume.path}: not a whole checkpoint ({wrong})")
+    if run != output_dir.absolute() and checkpoint_folders(output_dir / "checkpoints"):
+        raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume.path}; choose another")
+    return _newest_whole(candidates, resume, settings, unknown)
 
 
-def _newest_whole(candidates: list[Path], settings: dict[str, Any], unknown: Collection[str]) -> Path:
+def _newest_whole(
+    candidates: list[Path], resume: ResumeConfig, settings: dict[str, Any], unknown: Collection[str]
+) -> Path:
     run = candidates[0].absolute().parent.parent
-    compare_settings(candidates[0], settings, unknown)
+    compare_settings(candidates[0], settings, {*unknown, *SPLIT_KEYS})
     for checkpoint in reversed(candidates):
         wrong = damage(checkpoint)
         if wrong is None:
+            _compare_split(checkpoint, resume, settings, unknown)
             return checkpoint
         print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
     raise UserError(f"--output_dir {run}: no checkpoint in it is whole; choose another folder, or remove it")
 
 
+def _compare_split(checkpoint: Path, resume: ResumeConfig, settings: dict[str, Any], unknown: Collection[str]) -> None:
+    before, now = split_of(checkpoint), Split.of(settings)
+    if before.world_size == now.world_size or not resume.allow_world_size:
+        compare_settings(checkpoint, settings, unknown)
+    elif settings["max_steps"] > 0 and before.rows_per_step != now.rows_per_step:
+        raise UserError(
+            f"resume.allow_world_size=true: train.max_steps={settings['max_steps']} counts steps of "
+            f"{before.rows_per_step} rows, and now they would have {now.rows_per_step}; choose --batch_size and "
+            f"--accum_iter such that batch_size x accum_iter x {now.world_size} ranks is {before.rows_per_step}"
+        )
+
+
+def split_of(checkpoint: Path) -> Split:
+    return Split.of(_started_with(checkpoint))
+
+
 def compare_settings(checkpoint: Path, settings: dict[str, Any], unknown: Collection[str] = ()) -> None:
     """Refuse to continue the run of a checkpoint with other settings. unknown: those that are not compared."""
+    started_with = _started_with(checkpoint)
+    for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
+        before, now = started_with.get(key), settings.get(key)
+        if before != now and key not in unknown:
+            at_next_epoch = " or resume.allow_world_size=true to go on at the next epoch" * (key == "world_size")
+            raise UserError(
+                f"{checkpoint.absolute().parent.parent}: its run was started with {key}={before!r}, this one has "
+                f"{now!r}; give the same settings to continue it{at_next_epoch or ','} or choose another --output_dir"
+            )
+
+
+def _started_with(checkpoint: Path) -> dict[str, Any]:
     run_file = checkpoint.absolute().parent.parent / RUN_FILE
     if not run_file.is_file():
         raise UserError(
             f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir"
         )
-    started_with = json.loads(run_file.read_text())
-    for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
-        before, now = started_with.get(key), settings.get(key)
-        if before != now and key not in unknown:
-            raise UserError(
-                f"{run_file.parent}: its run was started with {key}={before!r}, this one has {now!r}; "
-                "give the same settings to continue it, or choose another --output_dir"
-            )
+    split_file = checkpoint / SPLIT_FILE
+    return json.loads(run_file.read_text()) | (json.loads(split_file.read_text()) if split_file.is_file() else {})

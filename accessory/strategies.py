@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.plugins import MixedPrecision, TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from accessory.config import Precision, StrategyConfig
@@ -80,6 +80,13 @@ def make_strategy(config: StrategyConfig, world: World) -> Strategy:
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if world.device.type == "cuda" else "gloo",
     )
+
+
+class PlainCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint where it belongs. Lightning's own makes a copy in memory, and of that one in /tmp."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
 
 
 class Float16(MixedPrecision):

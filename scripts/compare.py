@@ -4,7 +4,8 @@
     python scripts/compare.py … --methods 16bit nf4 gptq-g64-asym --nsamples 32 --seqlen 512 --max_tokens 20000
 
 Writes a folder for each int4 method, comparison.json, comparison.txt and comparison.png. The same command again reuses
-the folders that are there; perplexity is always measured on what is read back from the disk.
+the folders that are there, which must have been made with its settings; perplexity is always measured on what is read
+back from the disk.
 """
 
 from __future__ import annotations

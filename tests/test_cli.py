@@ -89,7 +89,7 @@ def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
         ("--save_interval 2", "save.epoch_interval", 2),
         ("--save_iteration_interval 50", "save.step_interval", 50),
         ("--seed 7", "seed", 7),
-        ("--resume out/run/checkpoints/step-4", "resume", "out/run/checkpoints/step-4"),
+        ("--resume out/run/checkpoints/step-4", "resume.path", "out/run/checkpoints/step-4"),
         ("--data_parallel sdp", "strategy.data_parallel", DataParallel.sdp),
         ("--model_parallel_size 1", "strategy.model_parallel_size", 1),
         # spelled another way
@@ -264,6 +264,7 @@ def refusal(monkeypatch, capsys):
         ("optim.lrr=3", ["unknown key optim.lrr", "did you mean optim.lr?"]),
         ("optm.lr=3", ["unknown key optm.lr", "did you mean optim.lr?"]),
         ("batch_size=3", ["unknown key batch_size", "did you mean train.batch_size?"]),
+        ("resume=out/run", ["resume=out/run: resume is a group of keys", "--resume", "resume.path="]),
         ("recipe=norm_bais", ["norm_bais", "did you mean norm_bias?", "norm_bias_lora"]),
         ("experiment=alpaca", ["alpaca", "alpaca_norm_bias"]),
         ("--lr abc", ["optim.lr", "abc", "Float"]),

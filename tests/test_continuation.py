@@ -55,7 +55,7 @@ def test_going_on_from_lora_with_another_scale_is_refused_naming_both(meta_folde
 def test_resuming_into_the_folder_of_another_run_is_refused_and_leaves_it(meta_folder, norm_bias_run, data, tmp_path):
     other = finetune(tiny_config(meta_folder, data, tmp_path / "other", **{"train.max_steps": 1}))
     before = trainables(other)
-    config = tiny_config(meta_folder, data, other, resume=str(norm_bias_run), **{"train.max_steps": 2})
+    config = tiny_config(meta_folder, data, other, **{"resume.path": str(norm_bias_run), "train.max_steps": 2})
     with pytest.raises(UserError, match="holds a finished run"):
         finetune(config)
     (other / "trainable.safetensors").rename(tmp_path / "kept")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,19 +16,24 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import yaml
-from conftest import alpaca_items, write_data
+from conftest import VOCAB, alpaca_items, corpus, write_data
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import accessory
 import accessory.finetune as finetune_module
+import accessory.result as result
 from accessory.callbacks import read_series
-from accessory.config import Config, to_typed
+from accessory.config import Config
 from accessory.errors import UserError
 from accessory.finetune import finetune
 from accessory.module import FinetuneModule
+from accessory.resume import damage
+from accessory.schema import to_typed
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
 
@@ -508,42 +516,87 @@ def test_checkpoint_is_a_folder_of_trainables_that_loads(uninterrupted, meta_fol
     assert sum(p.requires_grad for p in model.parameters()) == 14 + 28 + 5
 
 
-def damage_by_truncation(checkpoint: Path) -> None:
-    state = checkpoint / "state.ckpt"
-    state.write_bytes(state.read_bytes()[:-100])
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
 
 
-def damage_by_a_flipped_bit(checkpoint: Path) -> None:
-    file = checkpoint / "trainable.safetensors"
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def damage_by_a_missing_file(checkpoint: Path) -> None:
-    (checkpoint / "rng.pt").unlink()
-
-
-def damage_by_missing_checksums(checkpoint: Path) -> None:
-    (checkpoint / "checksums.json").unlink()
+@pytest.mark.parametrize("spoil", [truncate, empty, flip_a_bit, Path.unlink])
+def test_any_damaged_file_of_a_checkpoint_is_found_and_named(spoil, uninterrupted, tmp_path):
+    checkpoint = uninterrupted / "checkpoints" / "step-00000015"
+    names = sorted(path.name for path in checkpoint.iterdir())
+    assert {"trainable.safetensors", "state.ckpt", "rng.pt", "split.json", "checksums.json"} < set(names)
+    assert damage(checkpoint) is None
+    for name in names:
+        copy = shutil.copytree(checkpoint, tmp_path / name)
+        spoil(copy / name)
+        assert damage(copy) is not None
+        if name != "checksums.json":
+            assert name in damage(copy)
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_by_truncation, damage_by_a_flipped_bit, damage_by_a_missing_file, damage_by_missing_checksums]
+    ("name", "spoil"), [("state.ckpt", truncate), ("trainable.safetensors", flip_a_bit), ("checksums.json", empty)]
 )
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    damage, tmp_path, meta_folder, data, uninterrupted, monkeypatch, capsys
+    name, spoil, tmp_path, meta_folder, data, uninterrupted, monkeypatch, capsys
 ):
     config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED)
     interrupt(monkeypatch, config, 14)
     assert checkpoints(tmp_path / "out") == ["step-00000003", "step-00000006"]
-    damage(tmp_path / "out" / "checkpoints" / "step-00000006")
+    spoil(tmp_path / "out" / "checkpoints" / "step-00000006" / name)
     capsys.readouterr()
     out = finetune(config)
     printed = capsys.readouterr().out
     assert "step-00000006 is damaged" in printed
     assert "continuing from step-00000003" in printed
     assert_same_bits(trainables(out), trainables(uninterrupted))
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch, name: str):
+    """No space for what is written into any file of this name. The kernel says so to torch; safetensors writes to a
+    file of its own choice, so its error is made here."""
+    original = torch.save
+
+    def save(content, file):
+        if Path(file).name == name:
+            Path(file).symlink_to("/dev/full")
+        original(content, file)
+
+    def save_file(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        if name == "trainable.safetensors":
+            patch.setattr(result, "save_file", save_file)
+        yield
+
+
+@pytest.mark.parametrize("name", ["state.ckpt", "rng.pt", "trainable.safetensors"])
+def test_disk_that_is_full_while_a_checkpoint_is_saved_costs_nothing_that_was_saved(
+    name, tmp_path, meta_folder, data, uninterrupted, monkeypatch
+):
+    config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED)
+    interrupt(monkeypatch, config, 6)
+    with full_disk(monkeypatch, name), pytest.raises(UserError) as caught:
+        finetune(config)
+    assert re.fullmatch(
+        r"no space left for .*step-00000006 \(\d+ MiB free\); nothing was overwritten; free some and rerun",
+        str(caught.value),
+    )
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert_same_bits(trainables(finetune(config)), trainables(uninterrupted))
 
 
 @pytest.fixture
@@ -555,7 +608,7 @@ def interrupted(tmp_path, meta_folder, data, monkeypatch) -> Config:
 
 
 def test_run_without_a_whole_checkpoint_is_refused(interrupted):
-    damage_by_truncation(Path(interrupted.output_dir) / "checkpoints" / "step-00000003")
+    truncate(Path(interrupted.output_dir) / "checkpoints" / "step-00000003" / "state.ckpt")
     with pytest.raises(UserError, match="no checkpoint in it is whole; choose another folder, or remove it"):
         finetune(interrupted)
 
@@ -574,6 +627,7 @@ def test_half_written_checkpoint_is_never_taken_for_one(interrupted, uninterrupt
         ("train", "epochs", 3, "epochs=2, this one has 3;"),
         ("train", "max_steps", 9, "max_steps=-1, this one has 9;"),
         ("data", "max_words", 32, "max_words=64, this one has 32;"),
+        ("data", "packing", True, "packing=False, this one has True;"),
         ("data", "val_fraction", 0.5, "val_fraction=0.25, this one has 0.5;"),
         (None, "seed", 1, "seed=0, this one has 1;"),
         ("optim", "lr", 0.5, r"optim=.*'lr': 0\.01,.* this one has .*'lr': 0\.5,.*;"),
@@ -598,6 +652,18 @@ def test_continuing_on_another_base_is_refused(interrupted, hf_folder):
         finetune(interrupted)
 
 
+def test_continuing_with_another_tokenizer_is_refused(interrupted, tmp_path):
+    """One with the same words in another order."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(reversed(corpus())).upper())
+    train = sentencepiece.SentencePieceTrainer.train
+    train(input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=VOCAB, model_type="bpe",
+          byte_fallback=True, bos_id=1, eos_id=2, unk_id=0, minloglevel=2)  # fmt: skip
+    interrupted.model.tokenizer_path = str(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=r"its run was started with tokenizer='[0-9a-f]+', this one has '[0-9a-f]+'"):
+        finetune(interrupted)
+
+
 def test_change_that_decides_no_numbers_is_no_obstacle(interrupted, uninterrupted):
     interrupted.save.step_interval, interrupted.logger.log_every_n_steps, interrupted.data.num_workers = 5, 2, 1
     assert_same_bits(trainables(finetune(interrupted)), trainables(uninterrupted))
@@ -606,21 +672,21 @@ def test_change_that_decides_no_numbers_is_no_obstacle(interrupted, uninterrupte
 @pytest.mark.parametrize("named", ["checkpoint", "run"])
 def test_resume_continues_another_folders_run(named, interrupted, uninterrupted, tmp_path):
     run = Path(interrupted.output_dir)
-    interrupted.resume = str(run if named == "run" else run / "checkpoints" / "step-00000003")
+    interrupted.resume.path = str(run if named == "run" else run / "checkpoints" / "step-00000003")
     interrupted.output_dir = str(tmp_path / "elsewhere")
     assert_same_bits(trainables(finetune(interrupted)), trainables(uninterrupted))
 
 
 def test_resume_from_a_damaged_checkpoint_is_refused(interrupted):
     checkpoint = Path(interrupted.output_dir) / "checkpoints" / "step-00000003"
-    damage_by_truncation(checkpoint)
-    interrupted.resume = str(checkpoint)
+    truncate(checkpoint / "state.ckpt")
+    interrupted.resume.path = str(checkpoint)
     with pytest.raises(UserError, match=r"--resume .*step-00000003: not a whole checkpoint \(state\.ckpt differs"):
         finetune(interrupted)
 
 
 def test_resume_from_nowhere_is_refused(interrupted, tmp_path):
-    interrupted.resume = str(tmp_path / "nowhere")
+    interrupted.resume.path = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"--resume .*nowhere: not a whole checkpoint"):
         finetune(interrupted)
 

@@ -195,10 +195,17 @@ class DataModule(LightningDataModule):
             num_workers=workers,
             pin_memory=self.config.pin_mem and torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=leave_process_group,
             # A loader draws a seed for its workers whenever it is iterated, from the global state by default;
             # and a resumed run iterates at other moments than the first one did.
             generator=torch.Generator(),
         )
+
+
+def leave_process_group(worker: int) -> None:
+    """For a process that prepares batches: a Ctrl-C at the terminal, and torchrun's signals, go to the whole group; but
+    the step that is then brought to its end needs its data."""
+    os.setpgid(0, 0)
 
 
 def _sizes(items: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,7 @@ def test_data_that_cannot_be_learnt_from_is_told_before_the_base_is_quantized(hf
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resume": "nowhere"}, "--resume nowhere: not a whole checkpoint"),
+        ({"resume.path": "nowhere"}, "--resume nowhere: not a whole checkpoint"),
         ({"data.max_words": 48}, "its run was started with max_words=64, this one has 48"),
         ({"quantization.method": "awq"}, r"its run was started with quantization=\{'method': 'nf4'"),
     ],
@@ -96,13 +96,15 @@ def test_what_cannot_be_continued_is_told_before_the_base_is_quantized(
         run_file = before / "run.json"
         run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"quantization": CALIBRATED_RUN}))
     with pytest.raises(UserError, match=message):
-        run(hf_folder, data, tmp_path / "out", **{"resume": str(before), "train.max_steps": 1} | changes)
+        run(hf_folder, data, tmp_path / "out", **{"resume.path": str(before), "train.max_steps": 1} | changes)
 
 
 def test_an_interrupted_run_on_a_calibrated_base_is_continued(hf_folder, data, tmp_path, in_this_process):
     more = {"train.max_steps": 2, "save.step_interval": 1, "optim.lr": 1e-2}
     whole = run(hf_folder, data, tmp_path / "one", **more)
-    again = run(hf_folder, data, tmp_path / "two", **more, resume=str(whole / "checkpoints" / "step-00000001"))
+    again = run(
+        hf_folder, data, tmp_path / "two", **more, **{"resume.path": str(whole / "checkpoints" / "step-00000001")}
+    )
     assert_same_bits(trainables(again), trainables(whole))
 
 
