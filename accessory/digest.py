@@ -1,16 +1,9 @@
-"""Do all ranks hold the same weights? A cheap digest says it, of the packed payload and its scales alike.
-
-A rank with other codes, or with the same codes and other scales, trains another model, and nothing else would show it:
-the all-reduced gradients look fine. So a run on several ranks compares digests before its first step.
-"""
+"""A cheap digest of tensors of gigabytes, computed on the device where they lie."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
-from accessory.errors import UserError
-from accessory.strategies import gather
+from torch import Tensor
 
 CHUNK = 2**22  # words at a time: 32 MiB, and two temporary tensors of that size
 
@@ -39,20 +32,3 @@ def _mix(words: Tensor) -> Tensor:
 def _shifted(words: Tensor, bits: int) -> Tensor:
     """To the right, zeros following: torch's own shift draws copies of the sign, and mixing would forget that bit."""
     return (words >> bits).bitwise_and_((1 << 64 - bits) - 1)
-
-
-def weight_digests(model: nn.Module) -> dict[str, int]:
-    """A digest for every parameter and buffer, by name."""
-    return {name: digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def refuse_differing_ranks(digests: dict[str, int]) -> None:
-    """Stop all ranks where one holds another weight than rank 0."""
-    expected, *others = gather(digests)
-    for rank, found in enumerate(others, 1):
-        if odd := [name for name in expected if found.get(name) != expected[name]] or sorted(found.keys() - expected):
-            raise UserError(
-                f"rank {rank} holds other weights than rank 0: {odd[0]}"
-                f"{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}; every rank must read the same "
-                "--pretrained_path and quantize it with the same versions on the same kind of device"
-            )

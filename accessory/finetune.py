@@ -12,19 +12,20 @@ from typing import Any, Optional
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import Logger
 
+from accessory.agreement import refuse_other_runs, refuse_other_weights
 from accessory.assemble import assemble
 from accessory.bases import FROZEN_FILE, META_FILE
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
-from accessory.config import Config, DataParallel, LoggerConfig, LoggerName, Precision
+from accessory.config import Config, DataParallel, Precision
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
-from accessory.digest import refuse_differing_ranks, weight_digests
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.files import atomic_file, disk_error, link
 from accessory.interruption import Interruption
+from accessory.loggers import make_loggers
 from accessory.models import read_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
@@ -71,7 +72,7 @@ def finetune(config: Config) -> Path:
     settings = _settings(config, sources, data, world)
     is_calibrated = config.quantization.method in CALIBRATED
     checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
-    loggers = _loggers(config.logger, output_dir)
+    loggers = make_loggers(config.logger, output_dir)
     if is_calibrated:  # minutes to hours: after all that can be wrong
         config = calibrate_base(config)
         sources = open_sources(config.model)
@@ -82,9 +83,12 @@ def finetune(config: Config) -> Path:
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high" if config.train.precision is Precision.tf32 else "highest")
     join_ranks(world)
+    refuse_other_runs(settings, checkpoint)
     share = (world.rank, world.size) if _is_sharded(config, world) else None
     model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
-    _agree(model, world)
+    refuse_other_weights(model)
+    if model.sharded is not None:
+        model.sharded.connect()
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.model.checkpointing = config.train.checkpointing
     model.image_transform = deterministic(config.data.image_transform)
@@ -135,15 +139,6 @@ def _check_strategy(config: Config, world: World) -> None:
             "--data_parallel fsdp: no rank holds the whole base, so none can write a merged model; add "
             "--only_save_trainable, and merge afterwards with scripts/export.py"
         )
-
-
-def _agree(model: Llama, world: World) -> None:
-    """All ranks hold the same weights; with fsdp they then put their shares together."""
-    if world.size > 1:
-        before = model.sharded.digests if model.sharded is not None else {}
-        refuse_differing_ranks(weight_digests(model) | before)
-    if model.sharded is not None:
-        model.sharded.connect()
 
 
 def _go_on(config: Config) -> str:
@@ -274,31 +269,6 @@ def _compile(model: Llama, config: Config, world: World) -> None:
     if wanted:
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
-
-
-def _wandb(config: LoggerConfig, output_dir: Path) -> Logger:
-    from pytorch_lightning.loggers import WandbLogger
-
-    try:
-        logger = WandbLogger(project=config.project, name=output_dir.name, save_dir=output_dir, offline=config.offline)
-        logger.experiment  # noqa: B018  connects: a missing login shows before training
-    except Exception as error:  # wandb's errors share no base that it exports
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"logger=wandb: {reason}; run `wandb login`, or log without network: logger.offline=true"
-        ) from None
-    return logger
-
-
-def _loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=10)]
-    if config.name is LoggerName.wandb:
-        loggers.append(_wandb(config, output_dir))
-    elif config.name is LoggerName.tensorboard:
-        from pytorch_lightning.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(output_dir, name="tensorboard"))
-    return loggers
 
 
 def _trainer(

@@ -67,7 +67,7 @@ def main() -> None:
 
 def measure_rank(options: argparse.Namespace) -> None:
     """Both kinds of steps on one model, in a process that torchrun started."""
-    from accessory.digest import refuse_differing_ranks, weight_digests
+    from accessory.agreement import refuse_other_weights
     from accessory.strategies import find_world, join_ranks
 
     (strategy,) = options.strategies
@@ -84,7 +84,7 @@ def measure_rank(options: argparse.Namespace) -> None:
     model, loss = build_ours(case, (world.rank, world.size) if strategy == "fsdp" else None)
     built = time.perf_counter() - start
     payload = model.sharded
-    refuse_differing_ranks(weight_digests(model) | (payload.digests if payload is not None else {}))
+    refuse_other_weights(model)
     if payload is not None:
         payload.connect()
     held = payload.share_bytes if payload is not None else _payload_bytes(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from test_multimodal import picture_items, write_data
 from torch import Tensor
 from transformers import LlamaConfig
 
-import accessory.digest as digest_module
 import accessory.finetune as finetune_module
 import accessory.sharding as sharding
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.digest import digest, weight_digests
 from accessory.errors import UserError
 from accessory.finetune import finetune
 from accessory.models.llama import Llama
@@ -54,15 +51,15 @@ def nine_pictures(tmp_path_factory) -> Path:
 def watched_run(base: Path, data: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """A run on this rank, and what its payload was before the split, after the first step and after the last save."""
     seen: dict[str, Any] = {}
-    original_agree, original_clip = finetune_module._agree, FinetuneModule.configure_gradient_clipping
+    original_assemble, original_clip = finetune_module.assemble, FinetuneModule.configure_gradient_clipping
     original_save = Checkpoints.save
 
-    def agree(model, world):
-        original_agree(model, world)
-        seen["model"] = model
+    def assemble(*arguments):
+        model = seen["model"] = original_assemble(*arguments)
         if model.sharded is not None:
             seen["share"] = model.sharded.share_bytes, model.sharded.whole_bytes
             seen["before"] = model.sharded.digests
+        return model
 
     def clip(module, *arguments, **named):
         original_clip(module, *arguments, **named)
@@ -74,7 +71,7 @@ def watched_run(base: Path, data: Path, out: Path, changes: dict[str, Any]) -> d
         if seen["model"].sharded is not None:
             seen["save"] = seen["model"].sharded.gathered_digests()
 
-    finetune_module._agree, FinetuneModule.configure_gradient_clipping = agree, clip
+    finetune_module.assemble, FinetuneModule.configure_gradient_clipping = assemble, clip
     Checkpoints.save = save
     finetune(tiny_config(base, data, out, **changes))
     return {key: value for key, value in seen.items() if key != "model"}
@@ -113,34 +110,6 @@ def test_two_ranks_give_the_losses_and_trainables_of_one_process(strategy, case,
             assert share * 2 == whole
             assert len(rank["before"]) >= 2 * 7 * 2
             assert rank["before"] == rank["first step"] == rank["save"]
-
-
-def with_a_planted_difference(base: Path, data: Path, out: Path, strategy: str) -> str:
-    """Rank 1 has another scale in one linear of the last block."""
-    import accessory.quantization.linear as linear
-
-    original = linear.QuantLinear.load_weight
-    count = []
-
-    def load_weight(layer, weight):
-        original(layer, weight)
-        count.append(layer)
-        if len(count) == 13 and find_world().rank == 1:
-            layer.scales[0, 0] *= 1.001
-
-    linear.QuantLinear.load_weight = load_weight
-    with pytest.raises(UserError) as caught:
-        finetune(tiny_config(base, data, out, **{"quantization.method": "rtn", "strategy.data_parallel": strategy}))
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("strategy", ["sdp", "fsdp"])
-def test_a_rank_with_another_scale_stops_the_run_before_its_first_step(strategy, tmp_path, meta_folder, nine_items):
-    told = run_ranks(with_a_planted_difference, meta_folder, nine_items, tmp_path / "out", strategy)
-    for message in told:
-        assert "rank 1 holds other weights than rank 0: model.layers.1." in message, message
-        assert "scales" in message
-    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_fsdp_without_only_save_trainable_is_refused(tmp_path, meta_folder, nine_items, monkeypatch):
@@ -237,6 +206,7 @@ def whole_against_sharded(method: str, checkpointing: bool, compiled: bool) -> d
         "same": same,
         "fetched": fetched,
         "held": (payload.share_bytes, payload.whole_bytes, payload.buffer_bytes, parts),
+        "nan patterns": torch.cat([unit.share for unit in payload._units]).view(torch.bfloat16).isnan().sum().item(),
         "unchanged": payload.gathered_digests() == payload.digests,
     }
 
@@ -257,48 +227,4 @@ def test_blocks_in_shares_compute_what_whole_ones_do_and_each_is_gathered_once_a
         assert whole / 2 == share and codes <= whole <= 1.5 * codes
         assert buffers == 2 * whole / BLOCKS
         assert rank["unchanged"]
-
-
-# --- digests ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.bfloat16, torch.int32])
-def test_every_single_bit_counts(dtype, monkeypatch):
-    monkeypatch.setattr(digest_module, "CHUNK", 3)
-    raw = torch.randint(0, 256, (60,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = {digest(raw.view(dtype))}
-    for position in range(60):
-        for bit in range(8):
-            changed = raw.clone()
-            changed[position] ^= 1 << bit
-            found.add(digest(changed.view(dtype)))
-    assert len(found) == 1 + 60 * 8
-
-
-def test_changes_of_two_words_do_not_cancel():
-    """Two signs turned, which a weighted sum of the words would not see."""
-    tensor = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = {digest(tensor)}
-    for i in range(64):
-        for j in range(i):
-            changed = tensor.clone()
-            changed[[i, j]] *= -1
-            found.add(digest(changed))
-    assert len(found) == 1 + 64 * 63 // 2
-
-
-def test_order_counts_and_chunks_do_not(monkeypatch):
-    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = digest(tensor)
-    assert digest(tensor.flip(0)) != whole
-    assert digest(torch.cat([tensor[2:4], tensor[:2], tensor[4:]])) != whole
-    monkeypatch.setattr(digest_module, "CHUNK", 7)
-    assert digest(tensor) == whole
-
-
-def test_nan_patterns_of_packed_codes_are_bytes_like_others():
-    """0x7FC0 and its like, which a cast to 16-bit floats and back need not keep."""
-    model = five_blocks("nf4")
-    payload = torch.cat([layer.packed.reshape(-1) for layer in block_linears(model).values()])
-    assert payload.view(torch.bfloat16).isnan().any()
-    assert len(set(weight_digests(copy.deepcopy(model)).items()) ^ set(weight_digests(model).items())) == 0
+        assert rank["nan patterns"] > 0  # bytes that a cast to 16-bit floats and back need not keep
