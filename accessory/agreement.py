@@ -6,6 +6,7 @@ the all-reduced gradients look fine. Nor would a node whose data, or whose check
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,19 +15,22 @@ from torch import nn
 
 from accessory.digest import digest
 from accessory.errors import UserError
+from accessory.files import sha256
 from accessory.models.llama import Llama
+from accessory.resume import SUMS_FILE
 from accessory.strategies import gather
 
 
 def refuse_other_runs(settings: dict[str, Any], checkpoint: Optional[Path]) -> None:
     """Stop all ranks where one was given other settings or data than rank 0, or sees another checkpoint to continue."""
-    expected, *others = gather(settings | {"checkpoint": None if checkpoint is None else checkpoint.name})
+    mine = None if checkpoint is None else f"{checkpoint.name} ({sha256(checkpoint / SUMS_FILE)[:8]})"
+    expected, *others = gather(settings | {"checkpoint": mine})
     for rank, found in enumerate(others, 1):
-        for key, value in expected.items():
-            if found[key] != value:
+        for key in {**expected, **found}:
+            if found.get(key) != expected.get(key):
                 raise UserError(
-                    f"rank {rank} has {key}={found[key]!r}, rank 0 has {value!r}; start all ranks with the same "
-                    "command, and keep base, data and --output_dir where every node sees them"
+                    f"rank {rank} has {key}={found.get(key)!r}, rank 0 has {expected.get(key)!r}; start all ranks with "
+                    "the same command, and keep base, data and --output_dir where every node sees them"
                 )
 
 
@@ -39,7 +43,10 @@ def refuse_other_weights(model: Llama) -> None:
     """Stop all ranks where one holds another weight than rank 0; with fsdp, before the shares are connected."""
     if not torch.distributed.is_initialized():
         return
-    expected, *others = gather(weight_digests(model) | (model.sharded.digests if model.sharded is not None else {}))
+    mine = weight_digests(model) | (model.sharded.digests if model.sharded is not None else {})
+    if len(set(gather(hashlib.sha256(repr(sorted(mine.items())).encode()).digest()))) == 1:
+        return
+    expected, *others = gather(mine)
     for rank, found in enumerate(others, 1):
         if odd := sorted(name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)):
             raise UserError(

@@ -53,7 +53,7 @@ def run_command(main: Callable[[], Any]) -> None:
         print("stopped; the same command goes on from what is saved", file=sys.stderr, flush=True)
         sys.exit(130)
     except Interrupted as stop:
-        for number in (signal.SIGTERM, signal.SIGINT):  # the same once more, while the process is ending
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the same once more, while the process is ending
             signal.signal(number, signal.SIG_IGN)
         if int(os.environ.get("RANK", 0)) == 0:
             print(stop.message, file=sys.stderr, flush=True)

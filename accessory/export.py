@@ -40,7 +40,7 @@ def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -
     with atomic_folder(folder) as partial:
         writer = ShardWriter(partial)
         for name, tensor in _export_tensors(model, config, dtype):
-            writer.add(name, tensor)
+            writer.add(name, tensor.cpu())
         writer.close()
         config.save_pretrained(partial)
         if isinstance(model, QFormerLlama):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import tempfile
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,7 +23,7 @@ from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
 from accessory.export import export_hf
-from accessory.files import atomic_file, disk_error, link
+from accessory.files import disk_error, link
 from accessory.interruption import Interruption
 from accessory.loggers import make_loggers
 from accessory.models import read_json
@@ -31,7 +31,7 @@ from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
-from accessory.quantization.job.cached import calibrate_base, trained_with
+from accessory.quantization.job.cached import calibrate_base
 from accessory.quantization.setting import CALIBRATED, as_stored
 from accessory.result import save_frozen, save_trainable
 from accessory.resume import (
@@ -41,8 +41,11 @@ from accessory.resume import (
     compare_settings,
     find_checkpoint,
     refuse_finished,
+    refuse_last_epoch,
+    set_later_aside,
     split_of,
 )
+from accessory.settings import order_of_collectives, result_meta, run_settings, write_settings
 from accessory.sources import Sources, open_sources
 from accessory.split import SPLIT_KEYS, NextEpoch, Split
 from accessory.strategies import DTYPES, Float16, PlainCheckpointIO, World, find_world, join_ranks, make_strategy
@@ -69,39 +72,44 @@ def finetune(config: Config) -> Path:
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     _check_images(config, data)
     _make_writable(output_dir)
-    settings = _settings(config, sources, data, world)
+    settings = run_settings(config, sources, data, world)
     is_calibrated = config.quantization.method in CALIBRATED
     checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
+    split, before = Split.of(settings), None if checkpoint is None else split_of(checkpoint)
     loggers = make_loggers(config.logger, output_dir)
     if is_calibrated:  # minutes to hours: after all that can be wrong
         config = calibrate_base(config)
         sources = open_sources(config.model)
-        settings = _settings(config, sources, data, world)
+        settings = run_settings(config, sources, data, world)
         if checkpoint is not None:
             compare_settings(checkpoint, settings, SPLIT_KEYS)
 
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high" if config.train.precision is Precision.tf32 else "highest")
     join_ranks(world)
-    refuse_other_runs(settings, checkpoint)
+    refuse_other_runs(settings | order_of_collectives(config, data), checkpoint)
+    if before not in (None, split):
+        refuse_last_epoch(checkpoint, before, data.train_plan.rows, config.train.epochs)
+    if world.rank == 0 and checkpoint is not None:
+        set_later_aside(checkpoint, output_dir / "checkpoints")
     share = (world.rank, world.size) if _is_sharded(config, world) else None
     model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
     refuse_other_weights(model)
     if model.sharded is not None:
         model.sharded.connect()
+        model.sharded.verify()
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.model.checkpointing = config.train.checkpointing
     model.image_transform = deterministic(config.data.image_transform)
     _compile(model, config, world)
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
-    meta = _meta(config, sources)
+    meta = result_meta(config, sources)
     frozen = _keep_frozen(sources, model, output_dir, checkpoint, meta) if world.rank == 0 else None
 
     def write_result(folder: Path) -> None:
         save_trainable(model, folder, meta, OmegaConf.to_yaml(OmegaConf.structured(config)), tokenizer, frozen)
 
-    split, before = Split.of(settings), None if checkpoint is None else split_of(checkpoint)
     checkpoints = Checkpoints(output_dir / "checkpoints", config.save, split, write_result)
     if checkpoint is not None:
         checkpoints.continue_from(checkpoint, world.rank if before == split else None)
@@ -112,7 +120,7 @@ def finetune(config: Config) -> Path:
     trainer = _trainer(config, world, loggers, data, callbacks)
     if world.rank == 0:
         print(describe_run(config, model, data, world, checkpoint), flush=True)
-        _write_settings(settings, output_dir / RUN_FILE)
+        write_settings(settings, output_dir / RUN_FILE)
     with interruption:
         _fit(trainer, module, data, checkpoint, output_dir)
 
@@ -196,51 +204,10 @@ def _quiet() -> None:
 def _make_writable(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable").touch()
-        (output_dir / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=output_dir):  # nameless: other ranks do the same
+            pass
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
-
-
-def _write_settings(settings: dict[str, Any], file: Path) -> None:
-    with atomic_file(file) as partial:
-        partial.write_text(json.dumps(settings, indent=2))
-
-
-def _settings(config: Config, sources: Sources, data: DataModule, world: World) -> dict[str, Any]:
-    """What decides a run's numbers: a resumed run must agree on all of it."""
-    settings = sources.identity | {
-        "val_fraction": config.data.val_fraction,
-        "quantization": asdict(trained_with(config.quantization)),
-        "recipe": asdict(config.recipe),
-        "max_words": config.data.max_words,
-        "packing": config.data.packing,
-        "batch_size": config.train.batch_size,
-        "accum_iter": config.train.accum_iter,
-        "world_size": world.size,
-        "epochs": config.train.epochs,
-        "max_steps": config.train.max_steps,
-        "precision": config.train.precision,
-        "optim": asdict(config.optim),
-        "seed": config.seed,
-        "data": data.key,
-        "val_data": data.val_key,
-    }
-    if sources.vision is not None:
-        settings |= {"image_transform": config.data.image_transform}
-    return json.loads(json.dumps(settings))  # as run.json will give it back
-
-
-def _meta(config: Config, sources: Sources) -> dict[str, Any]:
-    meta = {
-        "format": 1,
-        "llama_type": sources.llama_type.value,
-        "base": sources.base,
-        "quantization": json.loads(json.dumps(asdict(config.quantization))),
-        "recipe": asdict(config.recipe),
-        "tokenizer": sources.tokenizer.fingerprint(),
-    }
-    return meta if sources.vision is None else meta | {"image_transform": config.data.image_transform.value}
 
 
 def _epochs(config: Config, data: DataModule) -> float:

@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a conn
 
 
 class Interruption(Callback):
-    """As a context around Trainer.fit it takes the two signals, and acts on them once training has begun.
+    """As a context around Trainer.fit it takes the signals, and acts on them once training has begun.
 
     checkpoints: where to save. go_on: how to continue the run, in words.
     """
@@ -94,7 +94,10 @@ class Interruption(Callback):
         self.on_train_batch_start(trainer, module)
 
     def on_validation_batch_start(self, trainer: Trainer, module: FinetuneModule, *_: Any) -> None:
-        if module.stop_wanted:
+        if module.model.sharded is not None:  # a rank that left early would be missed where the next block is gathered
+            if module.agree_on_stop():
+                self._stop(trainer)
+        elif module.stop_wanted:
             module.end_validation()
             self._stop(trainer)
 

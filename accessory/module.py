@@ -53,6 +53,11 @@ class FinetuneModule(LightningModule):
                 module.training = False
         return self
 
+    def cpu(self) -> "FinetuneModule":
+        """Nothing: Lightning calls it at the end of each fit, also of one that fails or is stopped. The frozen base of
+        every rank would move into host memory, and with fsdp away from the buffers that it is gathered in."""
+        return self
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
         ranks, so the share of this micro-batch is multiplied by both."""
@@ -80,8 +85,8 @@ class FinetuneModule(LightningModule):
 
     def _reduce(self, values: Tensor) -> Tensor:
         """[n] -> [n], the sum over ranks; on the way they agree whether to stop. So every rank has to come here equally
-        often: once an optimizer step, once a validation."""
-        wanted = torch.full_like(values[:1], float(self.stop_wanted))
+        often: once an optimizer step, once a validation, with fsdp once a batch of it."""
+        wanted = values.new_full((1,), float(self.stop_wanted))
         total = self.trainer.strategy.reduce(torch.cat([values, wanted]), reduce_op="sum")
         self.stop_agreed = total[-1].item() > 0
         return total[:-1]
@@ -125,8 +130,16 @@ class FinetuneModule(LightningModule):
         later; the others then learn it here."""
         return self._reduce(self._validation.to(self.device))
 
-    def on_train_end(self) -> None:
+    def agree_on_stop(self) -> bool:
+        """Whether any rank was told to stop; asked by all of them at the same place."""
+        self._reduce(self._validation.new_empty(0, device=self.device))
+        return self.stop_agreed
+
+    def share_unreadable(self) -> None:
+        """Let every rank know the images that any could not read."""
         self._unreadable = set().union(*gather(self._unreadable))
+
+    on_train_end = share_unreadable
 
     @property
     def unreadable_images(self) -> list[str]:

@@ -7,6 +7,7 @@ Lightning's training state (moments, scheduler, loop and data position) and ever
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Collection
@@ -65,6 +66,7 @@ class Checkpoints(Callback):
         if trainer.global_step == self._saved_at:
             return
         rng = gather(random_state())
+        trainer.lightning_module.share_unreadable()
         target = self.folder / f"step-{trainer.global_step:08d}"
         if trainer.is_global_zero:
             with atomic_folder(target) as partial:
@@ -79,6 +81,7 @@ class Checkpoints(Callback):
                 shutil.rmtree(old)
         else:
             trainer.save_checkpoint(target)  # takes part in the barriers; only rank 0 writes
+        trainer.strategy.barrier()  # a rank that ended before would have torchrun end the one that writes
         self._saved_at, self.newest = trainer.global_step, target
 
     def on_save_checkpoint(self, trainer: Trainer, module: FinetuneModule, checkpoint: dict[str, Any]) -> None:
@@ -150,6 +153,28 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def set_later_aside(checkpoint: Path, folder: Path) -> None:
+    """A run that goes on from an older checkpoint of `folder` writes those behind it anew; the old ones are kept, but
+    are no longer continued from."""
+    for later in checkpoint_folders(folder):
+        if checkpoint.absolute().parent == folder.absolute() and later.name > checkpoint.name:
+            aside = later.with_name(f"aside-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+            print(f"{later} lies behind the checkpoint that is continued; it is now {aside.name}", flush=True)
+
+
+def refuse_last_epoch(checkpoint: Path, before: Split, rows: int, epochs: int) -> None:
+    """Refuse to go on at the next epoch where there is none, and steps of the last one are left."""
+    state = torch.load(checkpoint / STATE_FILE, map_location="cpu", mmap=True, weights_only=False)
+    fit_loop = state["loops"]["fit_loop"]
+    if fit_loop["epoch_progress"]["current"]["ready"] >= epochs and (left := before.steps_left(fit_loop, rows)):
+        raise UserError(
+            f"resume.allow_world_size=true: {checkpoint} is in the last epoch, of which {left} steps would be left "
+            f"out; continue it on {before.world_size} rank(s)"
+        )
+
+
 def damage(checkpoint: Path) -> Optional[str]:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
@@ -197,7 +222,8 @@ def _newest_whole(
         if wrong is None:
             _compare_split(checkpoint, resume, settings, unknown)
             return checkpoint
-        print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
     raise UserError(f"--output_dir {run}: no checkpoint in it is whole; choose another folder, or remove it")
 
 

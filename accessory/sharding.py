@@ -15,7 +15,6 @@ needed here, and what it shards must be floating-point.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -24,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory.digest import digest
+from accessory.errors import UserError
 from accessory.models.llama import Block
 from accessory.quantization import QuantLinear, block_linears
+from accessory.strategies import PATIENCE
 from accessory.tuning.recipe import canonical_name
 
 # The newer name of the same collective, where torch has it.
@@ -49,8 +50,8 @@ class _Unit:
 class ShardedPayload:
     """The payload of a model's decoder blocks, of which this rank holds a share.
 
-    Blocks are taken in as soon as they are loaded (`loaded`), so a rank never holds more than its shares and one whole
-    block; `connect` then lets them compute. digests: of every payload tensor, made before it was split.
+    Blocks are taken in as soon as they are loaded (`loaded`), so a rank never holds more than its shares and one block
+    twice; `connect` then lets them compute. digests: of every payload tensor, made before it was split.
     """
 
     def __init__(self, model: nn.Module, rank: int, ranks: int):
@@ -84,21 +85,17 @@ class ShardedPayload:
                 self._split(unit)
 
     def _split(self, unit: _Unit) -> None:
-        tensors = []
         for name, layer in unit.layers.items():
             for key, tensor in zip(layer.backend.payload_names, layer.payload, strict=True):
                 self.digests[f"{name}.{key}"] = digest(tensor)
                 unit.places.append((layer, key, tensor.dtype, tensor.shape, unit.size))
-                padded = math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-                flat = tensor.new_zeros(padded, dtype=torch.uint8)
-                flat[: tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-                tensors.append(flat)
-                unit.size += padded
-                setattr(layer, key, None)
-        step = ALIGNMENT * self.ranks
-        tensors.append(tensors[0].new_zeros(-unit.size % step))
-        unit.size += tensors[-1].numel()
-        unit.share = torch.cat(tensors).chunk(self.ranks)[self.rank].clone()
+                unit.size += _rounded_up(tensor.nbytes, ALIGNMENT)
+        unit.size = _rounded_up(unit.size, ALIGNMENT * self.ranks)
+        whole = torch.zeros(unit.size, dtype=torch.uint8, device=getattr(*unit.places[0][:2]).device)
+        for layer, key, dtype, shape, offset in unit.places:
+            _window(whole, dtype, shape, offset).copy_(getattr(layer, key))
+            setattr(layer, key, None)
+        unit.share = whole.chunk(self.ranks)[self.rank].clone()
 
     def connect(self) -> None:
         """Give the blocks their buffers, and gather into them whenever a block is called."""
@@ -106,12 +103,21 @@ class ShardedPayload:
         size = max(unit.size for unit in self._units)
         buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         # A group of its own: DDP reduces gradients in the other one at the same time.
-        self._turn = Turn(buffers, [unit.share for unit in self._units], dist.new_group())
+        self._turn = Turn(buffers, [unit.share for unit in self._units], dist.new_group(timeout=PATIENCE))
         for i, unit in enumerate(self._units):
             for layer, key, dtype, shape, offset in unit.places:
                 setattr(layer, key, _window(buffers[i % 2], dtype, shape, offset))
             unit.block.register_forward_pre_hook(lambda _, __, i=i: self._turn.before_forward(i))
             unit.block.register_forward_hook(lambda _, __, out, i=i: _Backward.apply(out, self._turn, i))
+
+    def verify(self) -> None:
+        """Make sure that the ranks hold together what was loaded."""
+        found = self.gathered_digests()
+        if odd := [name for name, value in self.digests.items() if found[name] != value]:
+            raise UserError(
+                f"{odd[0]} and {len(odd) - 1} more are not what was loaded once the ranks put their shares together: "
+                "the connection between the devices is faulty; try --data_parallel sdp, or other devices"
+            )
 
     def gathered_digests(self) -> dict[str, int]:
         """Digests of what the ranks hold now, gathered block by block; to be compared with `digests`."""
@@ -188,6 +194,10 @@ def _units(model: nn.Module) -> list[_Unit]:
         if isinstance(block, Block):
             units.append(_Unit(block, layers, set(layers)))
     return units
+
+
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _window(buffer: Tensor, dtype: torch.dtype, shape: torch.Size, offset: int) -> Tensor:

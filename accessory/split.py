@@ -31,6 +31,16 @@ class Split:
     def rows_per_step(self) -> int:
         return self.batch_size * self.accum_iter * self.world_size
 
+    def steps_left(self, fit_loop: dict[str, Any], rows: int) -> int:
+        """Optimizer steps to the end of the epoch that a checkpoint's Lightning loop is in; 0 between epochs.
+
+        rows: those of an epoch."""
+        epoch = fit_loop["epoch_progress"]["current"]
+        if epoch["processed"] == epoch["ready"]:
+            return 0
+        done = fit_loop["state_dict"]["combined_loader"][0]["done"]
+        return -(-rows // self.rows_per_step) - -(-done // self.accum_iter)
+
 
 SPLIT_KEYS = tuple(Split.__dataclass_fields__)
 
@@ -45,11 +55,10 @@ class NextEpoch(Callback):
         self.before, self.rows, self.seed, self.rank = before, rows, seed, rank
 
     def on_load_checkpoint(self, trainer: Trainer, module: FinetuneModule, checkpoint: dict[str, Any]) -> None:
-        fit_loop, skipped = checkpoint["loops"]["fit_loop"], 0
+        fit_loop = checkpoint["loops"]["fit_loop"]
         epoch = fit_loop["epoch_progress"]["current"]
+        skipped = self.before.steps_left(fit_loop, self.rows)
         if epoch["processed"] != epoch["ready"]:
-            done = fit_loop["state_dict"]["combined_loader"][0]["done"]
-            skipped = -(-self.rows // self.before.rows_per_step) - -(-done // self.before.accum_iter)
             count_epoch(fit_loop)
         if trainer.is_global_zero:
             print(

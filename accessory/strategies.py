@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from accessory.config import Precision, StrategyConfig
 from accessory.errors import UserError
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
+
+
+# How long ranks wait for each other: one may read and quantize a large base from a slower disk than another.
+PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def join_ranks(world: World) -> None:
     if world.size == 1 or torch.distributed.is_initialized():
         return
     gpu = {"backend": "nccl", "device_id": world.device} if world.device.type == "cuda" else {"backend": "gloo"}
-    torch.distributed.init_process_group(**gpu)
+    torch.distributed.init_process_group(**gpu, timeout=PATIENCE)
     atexit.register(_leave_ranks)
 
 

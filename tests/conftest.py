@@ -65,7 +65,7 @@ def tokenizer(tokenizer_file):
     return Tokenizer(tokenizer_file)
 
 
-def meta_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+def meta_weights(seed: int = 0, layers: int = 2) -> dict[str, torch.Tensor]:
     """Random weights with Meta's names and shapes: dim 64, 4 heads, 2 key/value heads."""
     g = torch.Generator().manual_seed(seed)
 
@@ -80,7 +80,7 @@ def meta_weights(seed: int = 0) -> dict[str, torch.Tensor]:
         "output.weight": matrix(VOCAB, 64),
         "norm.weight": norm(),
     }
-    for i in range(2):
+    for i in range(layers):
         at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
         weights |= {
             f"{at}.wq.weight": matrix(64, 64),
@@ -171,12 +171,25 @@ def meta_folder(tmp_path_factory, tokenizer_file) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory, tokenizer_file) -> Path:
+    """The same with five blocks: more than the two that fsdp gathers at a time."""
+    folder = tmp_path_factory.mktemp("deep")
+    torch.save(meta_weights(layers=5), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS | {"n_layers": 5}))
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def qformer_folder(tmp_path_factory, tokenizer_file) -> Path:
     """A multimodal base in LLaMA2-Accessory's format, one shard, with its tokenizer and sizes."""
-    folder = tmp_path_factory.mktemp("qformer")
-    weights = {f"llma.{name}": tensor for name, tensor in (meta_weights() | image_part_weights()).items()}
+    return write_qformer_base(tmp_path_factory.mktemp("qformer"), tokenizer_file)
+
+
+def write_qformer_base(folder: Path, tokenizer_file: Path, layers: int = 2) -> Path:
+    weights = {f"llma.{name}": tensor for name, tensor in (meta_weights(layers=layers) | image_part_weights()).items()}
     torch.save({"model": weights}, folder / "consolidated.00-of-01.model.pth")
-    (folder / "config.json").write_text(json.dumps(PARAMS))
+    (folder / "config.json").write_text(json.dumps(PARAMS | {"n_layers": layers}))
     (folder / "vision_config.json").write_text(json.dumps(VISION))
     (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     return folder

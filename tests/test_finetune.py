@@ -677,6 +677,19 @@ def test_resume_continues_another_folders_run(named, interrupted, uninterrupted,
     assert_same_bits(trainables(finetune(interrupted)), trainables(uninterrupted))
 
 
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(
+    tmp_path, meta_folder, data, uninterrupted, monkeypatch, capsys
+):
+    config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED)
+    interrupt(monkeypatch, config, 14)
+    folder = tmp_path / "out" / "checkpoints"
+    assert checkpoints(tmp_path / "out") == ["step-00000003", "step-00000006"]
+    config.resume.path = str(folder / "step-00000003")
+    assert_same_bits(trainables(finetune(config)), trainables(uninterrupted))
+    assert "step-00000006 lies behind the checkpoint that is continued" in capsys.readouterr().out
+    assert (folder / "aside-step-00000006" / "trainable.safetensors").is_file()
+
+
 def test_resume_from_a_damaged_checkpoint_is_refused(interrupted):
     checkpoint = Path(interrupted.output_dir) / "checkpoints" / "step-00000003"
     truncate(checkpoint / "state.ckpt")

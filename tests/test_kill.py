@@ -20,7 +20,7 @@ from kill_segment import run_segment
 from ranks import process_context, torchrun_environments
 from test_finetune import short_data, tiny_config, trainables
 
-from accessory.config import Config
+from accessory.config import Config, DataParallel
 from accessory.resume import STATE_FILE, checkpoint_folders
 
 # 66 items to train on, packed into 25 rows: 6 steps an epoch of 2 micro-batches of 2 rows (of all ranks), and a seventh
@@ -178,10 +178,10 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(request, tmp_path_factory, meta_folder, data) -> tuple[dict[str, Any], set[tuple]]:
+def whole(request, tmp_path_factory, deep_folder, data) -> tuple[dict[str, Any], set[tuple]]:
     """Of a run of (ranks, epochs) that nobody kills: its final state, and the order of its samples."""
     ranks, epochs = request.param
-    config = kill_config(meta_folder, data, tmp_path_factory.mktemp("whole") / "out", ranks, epochs)
+    config = kill_config(deep_folder, data, tmp_path_factory.mktemp("whole") / "out", ranks, epochs)
     order = run(config, ranks).order
     state = final_state(Path(config.output_dir))
     kinds = ("trainables/", "/exp_avg", "/exp_avg_sq", "/last_epoch", "/_last_lr")
@@ -201,10 +201,13 @@ def random_aims(draw: random.Random) -> list[Aim]:
 
 
 @pytest.mark.parametrize(("whole", "ranks"), [((1, LONG), 1), ((2, LONG), 2)], indirect=["whole"], ids=["1", "2"])
-def test_run_killed_twenty_times_ends_with_the_same_bits(whole, ranks, tmp_path, meta_folder, data):
+def test_run_killed_twenty_times_ends_with_the_same_bits(whole, ranks, tmp_path, deep_folder, data):
     draw = random.Random(ranks)
-    config = kill_config(meta_folder, data, tmp_path / "out", ranks, LONG)
-    segments = [run(config, ranks, aim, seed=draw.random()) for aim in random_aims(draw)]
+    config = kill_config(deep_folder, data, tmp_path / "out", ranks, LONG)
+    segments = []
+    for aim in random_aims(draw):  # with two ranks, sdp and fsdp in turn: both compute the same
+        config.strategy.data_parallel = DataParallel.fsdp if ranks > 1 and len(segments) % 2 else DataParallel.sdp
+        segments.append(run(config, ranks, aim, seed=draw.random()))
     assert [segment.killed for segment in segments] == [True] * 20  # so many fit into the run
     places = Counter(segment.place for segment in segments)
     assert min(places["train"], places["save"], places["validate"]) >= 3, places
@@ -233,10 +236,10 @@ def most_steps_lost(segments: list[Segment]) -> int:
     [("", True, True), ("random state", False, True), ("sampler", False, False)],
 )
 def test_killed_after_an_epochs_last_step_and_again_in_the_next(
-    forgets, same_state, same_order, whole, tmp_path, meta_folder, data
+    forgets, same_state, same_order, whole, tmp_path, deep_folder, data
 ):
     """And what the comparison is worth: it fails where something is not restored."""
-    config = kill_config(meta_folder, data, tmp_path / "out", 1, SHORT)
+    config = kill_config(deep_folder, data, tmp_path / "out", 1, SHORT)
     aims = [Aim("train", 2 * EPOCH + 1), Aim("train", 6), None]
     segments = [run(config, 1, aim, forgets) for aim in aims]
     assert [segment.steps[0] for segment in segments] == [0, 14, 16]

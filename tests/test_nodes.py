@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,23 +21,33 @@ from test_module import RUN, update_distance
 from accessory.finetune import finetune
 
 SBATCH = SCRIPT.parent / "exps" / "slurm" / "finetune.sbatch"
-# A job of two nodes as SLURM would start it: srun runs its command once a node and hands signals on; scontrol names the
-# nodes and takes notes.
-SRUN = """#!/usr/bin/env bash
-trap 'kill -TERM $one $two' TERM
-SLURM_NODEID=0 "$@" & one=$!
-SLURM_NODEID=1 "$@" & two=$!
-wait $one; code=$?
-wait $two
-wait $one
-exit $code
-"""
-SCONTROL = """#!/usr/bin/env bash
-case "$1" in
-    show) printf 'localhost\\nlocalhost\\n' ;;
-    *) echo "$@" >> "$NOTES" ;;
-esac
-"""
+# A job of two nodes as SLURM would start it. srun runs its command once a node, and kills it when it is itself told to
+# end, as SLURM's does; scancel reaches the tasks; scontrol names the nodes and takes notes.
+STAND_INS = {
+    "srun": """
+        shift # --cpus-per-task
+        trap 'kill -KILL -- -$one -$two' TERM
+        set -m
+        SLURM_NODEID=0 "$@" & one=$!
+        SLURM_NODEID=1 "$@" & two=$!
+        echo "$one $two" > "$TASKS"
+        wait $one; code=$?
+        wait $two
+        exit $code
+    """,
+    "scancel": """
+        for task in $(cat "$TASKS"); do kill -TERM -- -$task; done
+    """,
+    "scontrol": """
+        case "$1" in
+            show) printf 'localhost\\nlocalhost\\n' ;;
+            *) echo "$@" >> "$NOTES" ;;
+        esac
+    """,
+    "torchrun": f"""
+        exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"
+    """,
+}
 
 
 def run(base: Path, data: Path, out: Path, changes: dict) -> None:
@@ -56,17 +67,14 @@ def test_two_nodes_train_as_one_process(strategy, tmp_path, meta_folder):
 
 def start_job(folder: Path, settings: dict) -> subprocess.Popen:
     """exps/slurm/finetune.sbatch in what SLURM would give it."""
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text(text)
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (folder / "bin" / name).write_text("#!/usr/bin/env bash\n" + textwrap.dedent(text))
         (folder / "bin" / name).chmod(0o755)
-    (folder / "bin" / "torchrun").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n'
-    )
-    (folder / "bin" / "torchrun").chmod(0o755)
     environment = os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "NOTES": str(folder / "notes"),
+        "TASKS": str(folder / "tasks"),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "localhost,localhost",
         "SLURM_JOB_NUM_NODES": "2",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import alpaca_items
+from conftest import alpaca_items, write_qformer_base
+from int4_folders import write_base, write_int4
 from ranks import run_ranks
-from test_finetune import logged, short_data, tiny_config
+from test_finetune import assert_same_bits, logged, short_data, tiny_config, trainables
 from test_module import RUN, update_distance
 from test_multimodal import picture_items, write_data
 from torch import Tensor
@@ -19,11 +22,11 @@ from transformers import LlamaConfig
 import accessory.finetune as finetune_module
 import accessory.sharding as sharding
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.errors import UserError
+from accessory.errors import Interrupted, UserError
 from accessory.finetune import finetune
 from accessory.models.llama import Llama
 from accessory.module import FinetuneModule, batch_loss
-from accessory.quantization import block_linears, quantize
+from accessory.quantization import QuantLinear, block_linears, quantize
 from accessory.resume import Checkpoints
 from accessory.sharding import ShardedPayload
 from accessory.strategies import find_world, join_ranks
@@ -77,39 +80,99 @@ def watched_run(base: Path, data: Path, out: Path, changes: dict[str, Any]) -> d
     return {key: value for key, value in seen.items() if key != "model"}
 
 
-@pytest.fixture(scope="module", params=["nf4-language", "rtn-language", "nf4-images", "rtn-images"])
-def case(request, tmp_path_factory, meta_folder, qformer_folder, nine_items, nine_pictures):
+CASES = {
+    "nf4-language": {"recipe.lora": True, "recipe.rank": 2},
+    "rtn-language": {},
+    "folder-language": {"train.checkpointing": True},
+    "nf4-images": {"recipe.lora": True, "recipe.rank": 2, "train.checkpointing": True},
+    "rtn-images": {"recipe.lora": True, "recipe.rank": 2},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory, tokenizer_file, deep_folder, nine_items, nine_pictures):
     """base, data, settings of a run, and its output on one process: 9 items in steps of 4, the last of one item."""
     method, _, kind = request.param.partition("-")
-    base, data = (qformer_folder, nine_pictures) if kind == "images" else (meta_folder, nine_items)
-    changes = RUN | {
-        "quantization.method": method,
-        "quantization.group_size": 32,
-        "recipe.lora": True,
-        "recipe.rank": 2,
-        "save.step_interval": 2,
-    }
-    out = tmp_path_factory.mktemp("alone") / "out"
-    finetune(tiny_config(base, data, out, **changes))
-    return base, data, changes, out
+    folder = tmp_path_factory.mktemp("alone")
+    base, data = deep_folder, nine_items
+    if kind == "images":
+        (folder / "base").mkdir()
+        base, data = write_qformer_base(folder / "base", tokenizer_file, layers=4), nine_pictures
+    if method == "folder":  # in whole numbers, as quantize.py writes it
+        base = folder / "int4"
+        write_int4(write_base(folder / "base", tokenizer_file, layers=4), base)
+    changes = RUN | CASES[request.param] | {"save.step_interval": 2, "data.val_config": str(data)}
+    if method != "folder":
+        changes |= {"quantization.method": method, "quantization.group_size": 32}
+    finetune(tiny_config(base, data, folder / "out", **changes))
+    return base, data, changes, folder / "out"
 
 
 @pytest.mark.parametrize("strategy", ["sdp", "fsdp"])
 def test_two_ranks_give_the_losses_and_trainables_of_one_process(strategy, case, tmp_path):
     base, data, changes, alone = case
     changes = changes | {"train.batch_size": 1, "train.accum_iter": 2, "strategy.data_parallel": strategy}
-    changes["train.checkpointing"] = "images" in str(data)  # the language runs without, the others with
     seen = run_ranks(watched_run, base, data, tmp_path / "two", changes)
     for rank in seen:
         assert not isinstance(rank, BaseException), rank
-    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
+    for name in ("loss", "val_loss"):
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(alone, name), rel=1e-5)
     assert update_distance(alone, tmp_path / "two", base) < 1e-4
     if strategy == "fsdp":
         for rank in seen:
             share, whole = rank["share"]
             assert share * 2 == whole
-            assert len(rank["before"]) >= 2 * 7 * 2
+            assert len(rank["before"]) >= 4 * 7 * 3  # blocks x linears x tensors of each
             assert rank["before"] == rank["first step"] == rank["save"]
+
+
+def stopped_while_validating(base: Path, data: Path, out: Path, changes: dict[str, Any], stops: bool) -> int:
+    """Rank 1 alone is told to stop, in its first batch of validation. The code that the rank ends with."""
+    original = FinetuneModule.validation_step
+
+    def validation_step(module, batch, batch_idx):
+        if stops and find_world().rank == 1 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(module, batch, batch_idx)
+
+    FinetuneModule.validation_step = validation_step
+    try:
+        finetune(tiny_config(base, data, out, **changes))
+    except Interrupted as stop:
+        return stop.code
+    return 0
+
+
+def test_fsdp_that_is_stopped_while_validating_saves_and_goes_on_to_the_same_bits(tmp_path, deep_folder, nine_items):
+    changes = RUN | {
+        "quantization.method": "nf4",
+        "train.batch_size": 1,
+        "train.val_interval": 0.5,
+        "data.val_config": str(nine_items),
+        "strategy.data_parallel": "fsdp",
+        "save.step_interval": 100,
+    }
+    codes = []
+    for out, stops in (("whole", False), ("stopped", True), ("stopped", False)):
+        codes.append(run_ranks(stopped_while_validating, deep_folder, nine_items, tmp_path / out, changes, stops))
+        if stops:
+            assert [path.name for path in (tmp_path / out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert codes == [[0, 0], [143, 143], [0, 0]]
+    assert_same_bits(trainables(tmp_path / "stopped"), trainables(tmp_path / "whole"))
+
+
+def test_the_end_of_training_leaves_the_weights_where_they_are(tmp_path, meta_folder, nine_items, monkeypatch):
+    """Lightning would move the model to the CPU: a whole base a rank, and with fsdp out of its buffers."""
+    moved, train, apply = [], FinetuneModule.training_step, QuantLinear._apply
+
+    def training_step(module, batch, batch_idx):
+        moved.clear()
+        return train(module, batch, batch_idx)
+
+    monkeypatch.setattr(FinetuneModule, "training_step", training_step)
+    monkeypatch.setattr(QuantLinear, "_apply", lambda layer, *_, **__: moved.append(layer) or apply(layer, *_, **__))
+    finetune(tiny_config(meta_folder, nine_items, tmp_path / "out", **{"quantization.method": "nf4"}))
+    assert moved == []
 
 
 def test_fsdp_without_only_save_trainable_is_refused(tmp_path, meta_folder, nine_items, monkeypatch):

@@ -163,3 +163,10 @@ def test_steps_of_another_size_and_max_steps_are_refused_together(tmp_path, meta
     monkeypatch.setattr(finetune_module, "_fit", lambda *_: (_ for _ in ()).throw(_Stop))
     with pytest.raises(_Stop):
         finetune(config)
+
+
+def test_the_last_epoch_is_not_left_out(tmp_path, meta_folder, data):
+    run_two(tiny_config(meta_folder, data, tmp_path / "out", **RUN | {"train.epochs": 1}), 7)
+    with pytest.raises(UserError, match=r"step-00000006 is in the last epoch, of which 2 steps .* on 2 rank"):
+        finetune(alone(meta_folder, data, tmp_path / "out", **{"train.epochs": 1}))
+    assert not (tmp_path / "out" / "trainable.safetensors").exists()

@@ -19,11 +19,11 @@ from accessory.quantization import formats, rtn
 from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
 
-JOB = Path(__file__).with_name("auto_round_job.py")
+JOB = Path(__file__).parent / "quantization" / "auto_round_job.py"
 
 
-def write_base(folder: Path, tokenizer_file: Path) -> Path:
-    """A 16-bit base of one block as transformers writes it, with an output layer of its own."""
+def write_base(folder: Path, tokenizer_file: Path, layers: int = 1) -> Path:
+    """A 16-bit base as transformers writes it, with an output layer of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def write_base(folder: Path, tokenizer_file: Path) -> Path:
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
