@@ -63,6 +63,13 @@ class ProgressBar(TQDMProgressBar):
                 shown[name] = form.format(float(trainer.callback_metrics[name]))
         return shown
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if done := trainer.fit_loop.epoch_loop.batch_progress.current.ready:  # within an epoch, which has no start then
+            self.train_progress_bar.reset(self.total_train_batches)
+            self.train_progress_bar.initial = done
+            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         for bar in (self._val_progress_bar, self._train_progress_bar):
             if bar is not None:

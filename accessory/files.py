@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Optional, TextIO
 
 from accessory.errors import UserError
+
+LOCK_FILE = ".lock"
 
 
 def sha256(path: Path) -> str:
@@ -37,12 +41,51 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(partial, target)
         fsync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises no other
         shutil.rmtree(partial, ignore_errors=True)
         raise disk_error(error, target) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path, flag: str, patience: float = 10) -> Iterator[None]:
+    """Refuse where another process is at work in `folder`, on any machine that sees it; one that is just ending is
+    waited for. flag: what named the folder.
+
+    The lock is POSIX's: the system takes it back when this process dies, and its own children do not inherit it.
+    """
+    path, deadline = folder / LOCK_FILE, time.monotonic() + patience
+    while (file := _locked(path)) is None:
+        if time.monotonic() > deadline:
+            who = path.read_text().strip() if path.is_file() else ""
+            raise UserError(
+                f"{flag} {folder}: {who or 'another process'} is at work in it; let it end, or choose another"
+            )
+        time.sleep(0.2)
+    with file:
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> Optional[TextIO]:
+    """The file, locked and with the name of this process in it, or None where another has the lock."""
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # who had the lock removed this one
+            raise FileNotFoundError
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN) or isinstance(error, FileNotFoundError):
+            file.close()
+            return None
+        # a file system without locks
+    with contextlib.suppress(OSError):  # a full disk is told where it matters
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
 
 
 @contextlib.contextmanager
@@ -54,10 +97,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
         fsync(partial)
         os.replace(partial, target)
         fsync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         raise disk_error(error, target) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """What was being written in `folder` when a process was killed."""
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

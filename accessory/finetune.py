@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
 from accessory.export import export_hf
-from accessory.files import disk_error, link
+from accessory.files import disk_error, link, remove_partial, sole_user
 from accessory.interruption import Interruption
 from accessory.loggers import make_loggers
 from accessory.models import read_json
@@ -48,7 +49,16 @@ from accessory.resume import (
 from accessory.settings import order_of_collectives, result_meta, run_settings, write_settings
 from accessory.sources import Sources, open_sources
 from accessory.split import SPLIT_KEYS, NextEpoch, Split
-from accessory.strategies import DTYPES, Float16, PlainCheckpointIO, World, find_world, join_ranks, make_strategy
+from accessory.strategies import (
+    DTYPES,
+    Float16,
+    PlainCheckpointIO,
+    World,
+    find_world,
+    is_lost_connection,
+    join_ranks,
+    make_strategy,
+)
 from accessory.summary import describe_run
 from accessory.tuning.recipe import check_recipe, trainable_names
 
@@ -58,6 +68,11 @@ def finetune(config: Config) -> Path:
 
     Raises UserError for anything the user can mend, before weights are read where that is possible.
     """
+    with contextlib.ExitStack() as held:
+        return _finetune(config, held)
+
+
+def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     _quiet()
     world = find_world()
     _check_strategy(config, world)
@@ -72,6 +87,10 @@ def finetune(config: Config) -> Path:
     data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
     _check_images(config, data)
     _make_writable(output_dir)
+    if world.rank == 0:
+        held.enter_context(sole_user(output_dir, "--output_dir"))
+        remove_partial(output_dir / "checkpoints")
+        refuse_finished(output_dir)  # meanwhile
     settings = run_settings(config, sources, data, world)
     is_calibrated = config.quantization.method in CALIBRATED
     checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
@@ -191,6 +210,12 @@ def _fit(
         save_curves(trainer, output_dir)
     except OSError as error:
         raise disk_error(error, output_dir) from error
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise UserError(
+                "another rank has ended, see its message; the same command continues from the newest checkpoint"
+            ) from error
+        raise
 
 
 def _quiet() -> None:

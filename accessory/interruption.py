@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any, NoReturn, Optional
 
@@ -41,6 +42,8 @@ class Interruption(Callback):
             handlers = {number: signal.getsignal(number) for number in SIGNALS}
             self._before = {number: old for number, old in handlers.items() if old is not signal.SIG_IGN}
         self._take()
+        if not self._is_alone:
+            threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
         return self
 
     def __exit__(self, kind: Optional[type[BaseException]], *_: Any) -> None:
@@ -110,3 +113,10 @@ class Interruption(Callback):
         raise Interrupted(
             self._signal, f"stopped by {self._signal.name} after step {step}; saved {newest}; {self.go_on}"
         )
+
+
+def _end_with_torchrun(parent: int) -> None:
+    """torchrun may be killed and leave its ranks behind; they save and end, as nobody would look after them."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -178,10 +178,14 @@ def refuse_last_epoch(checkpoint: Path, before: Split, rows: int, epochs: int) -
 def damage(checkpoint: Path) -> Optional[str]:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
-        sums = json.loads((checkpoint / SUMS_FILE).read_text())
+        sums = read_json(checkpoint / SUMS_FILE)
+        if lacking := {STATE_FILE, RNG_FILE, TRAINABLE_FILE, META_FILE} - sums.keys():
+            return f"{SUMS_FILE} does not name {', '.join(sorted(lacking))}"
         bad = [name for name, digest in sums.items() if sha256(checkpoint / name) != digest]
-    except (OSError, ValueError) as error:
-        return str(error)
+    except UserError as problem:
+        return str(problem)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     return f"{', '.join(bad)} differs from its checksum" if bad else None
 
 
@@ -249,10 +253,10 @@ def compare_settings(checkpoint: Path, settings: dict[str, Any], unknown: Collec
     for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
         before, now = started_with.get(key), settings.get(key)
         if before != now and key not in unknown:
-            at_next_epoch = " or resume.allow_world_size=true to go on at the next epoch" * (key == "world_size")
+            at_next_epoch = " resume.allow_world_size=true to go on at the next epoch," * (key == "world_size")
             raise UserError(
                 f"{checkpoint.absolute().parent.parent}: its run was started with {key}={before!r}, this one has "
-                f"{now!r}; give the same settings to continue it{at_next_epoch or ','} or choose another --output_dir"
+                f"{now!r}; give the same settings to continue it,{at_next_epoch} or choose another --output_dir"
             )
 
 
@@ -263,4 +267,4 @@ def _started_with(checkpoint: Path) -> dict[str, Any]:
             f"{run_file.parent}: has checkpoints but no {RUN_FILE} to tell whose; choose another --output_dir"
         )
     split_file = checkpoint / SPLIT_FILE
-    return json.loads(run_file.read_text()) | (json.loads(split_file.read_text()) if split_file.is_file() else {})
+    return read_json(run_file) | (read_json(split_file) if split_file.is_file() else {})

@@ -69,6 +69,11 @@ def join_ranks(world: World) -> None:
     atexit.register(_leave_ranks)
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone. (gloo raises no type of its own.)"""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def _leave_ranks() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -75,7 +75,10 @@ def run_ranks(
 def _result(pipe: Connection, timeout: float) -> Any:
     if not wait([pipe], timeout):
         raise TimeoutError(f"a rank gave no result within {timeout} s")
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except EOFError as killed:
+        return killed
 
 
 def _rank(environment: dict[str, str], pipe: Connection, target: Callable[..., Any], arguments: tuple) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from test_finetune import short_data, tiny_config
 
 from accessory.errors import UserError
 from accessory.finetune import finetune
+from accessory.module import FinetuneModule
 from accessory.strategies import find_world
 
 
@@ -68,9 +71,28 @@ def test_ranks_that_read_other_data_are_stopped(tmp_path, meta_folder, nine_item
         assert "rank 1 has data=" in told
 
 
-def interrupted(base: Path, data: Path, out: Path) -> None:
-    from accessory.module import FinetuneModule
+def left_alone(base: Path, data: Path, out: Path) -> str:
+    """What rank 0 tells when the other one is killed in the third step."""
+    step = FinetuneModule.training_step
 
+    def training_step(module, batch, index):
+        if module.global_step == 2 and find_world().rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(module, batch, index)
+
+    FinetuneModule.training_step = training_step
+    with pytest.raises(UserError) as caught:
+        finetune(tiny_config(base, data, out, **{"train.batch_size": 1}))
+    return str(caught.value)
+
+
+def test_a_rank_whose_partner_is_killed_says_so_in_a_line(tmp_path, meta_folder, nine_items):
+    told, lost = run_ranks(left_alone, meta_folder, nine_items, tmp_path / "out")
+    assert told == "another rank has ended, see its message; the same command continues from the newest checkpoint"
+    assert isinstance(lost, EOFError)
+
+
+def interrupted(base: Path, data: Path, out: Path) -> None:
     step = FinetuneModule.training_step
 
     def training_step(module, batch, index):

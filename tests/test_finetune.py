@@ -677,6 +677,30 @@ def test_resume_continues_another_folders_run(named, interrupted, uninterrupted,
     assert_same_bits(trainables(finetune(interrupted)), trainables(uninterrupted))
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [('{"a":', "run.json:1: not valid JSON"), ("[]", "run.json: expected a JSON object, found a list")],
+)
+def test_settings_that_cannot_be_read_are_told_in_a_line(content, told, interrupted):
+    (Path(interrupted.output_dir) / "run.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        finetune(interrupted)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"state.ckpt": "0"}'])
+def test_checksums_must_name_all_that_a_run_continues_from(content, interrupted):
+    (Path(interrupted.output_dir) / "checkpoints" / "step-00000003" / "checksums.json").write_text(content)
+    with pytest.raises(UserError, match="no checkpoint in it is whole"):
+        finetune(interrupted)
+
+
+def test_what_a_killed_process_was_writing_is_removed(interrupted):
+    partial = Path(interrupted.output_dir) / "checkpoints" / ".step-00000099.partial"
+    partial.mkdir()
+    finetune(interrupted)
+    assert not partial.exists()
+
+
 def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(
     tmp_path, meta_folder, data, uninterrupted, monkeypatch, capsys
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from ranks import free_port, run_ranks
 from test_finetune import SCRIPT, assert_same_bits, logged, short_data, tiny_config, tiny_settings, trainables
 from test_module import RUN, update_distance
 
+from accessory.files import sole_user
 from accessory.finetune import finetune
 
 SBATCH = SCRIPT.parent / "exps" / "slurm" / "finetune.sbatch"
@@ -92,6 +94,30 @@ def start_job(folder: Path, settings: dict) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def test_ranks_whose_torchrun_is_killed_save_and_end(tmp_path, meta_folder):
+    out = tmp_path / "out"
+    changes = {"train.epochs": 1000, "save.step_interval": 10**6, "logger.log_every_n_steps": 1}
+    settings = tiny_settings(meta_folder, short_data(tmp_path / "data"), out, **changes)
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *words],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 100
+        while not list(out.glob("logs/version_*/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        torchrun.kill()
+        torchrun.wait()
+    with sole_user(out, "", patience=30):  # which they are no longer
+        step = re.search(r"stopped by SIGTERM after step (\d+)", (tmp_path / "log").read_text())[1]
+        assert (out / "checkpoints" / f"step-{int(step):08d}" / "checksums.json").is_file()
 
 
 def test_a_slurm_job_that_is_stopped_saves_is_queued_again_and_continues(tmp_path, meta_folder):
