@@ -65,8 +65,10 @@ def sole_user(folder: Path, flag: str, patience: float = 10) -> Iterator[None]:
             )
         time.sleep(0.2)
     with file:
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _locked(path: Path) -> Optional[TextIO]:
