@@ -168,21 +168,27 @@ def measure(case: dict) -> dict:
     step, new_tokens = (train_step(model, loss, case), case["length"])
     if case["task"] == "generate":
         step, new_tokens = (lambda: generate_once(model, case)), NEW_TOKENS
-    times = []
-    for i in range(case["warmup"] + case["steps"]):
-        if i == case["warmup"] and DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[case["warmup"] :])
-    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else _peak_rss()
+    median, peak = time_steps(step, case["warmup"], case["steps"])
     return case | {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "ms_per_step": 1000 * median, "tokens_per_s": case["batch"] * new_tokens / median, "peak_gib": peak,
     }  # fmt: skip
+
+
+def time_steps(step, warmup: int, steps: int) -> tuple[float, float]:
+    """(median seconds of a step, peak GiB), after the warm-up."""
+    from accessory.callbacks import peak_memory_gib
+
+    times = []
+    for i in range(warmup + steps):
+        if i == warmup and DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        _synchronize()
+        start = time.perf_counter()
+        step()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:]), peak_memory_gib()
 
 
 def train_step(model, loss, case: dict):
@@ -201,15 +207,9 @@ def train_step(model, loss, case: dict):
     return step
 
 
-def synchronize() -> None:
+def _synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _peak_rss() -> float:
-    from accessory.callbacks import peak_memory_gib
-
-    return peak_memory_gib()
 
 
 def cases(args: argparse.Namespace) -> list[dict]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import benchmark
 import torch
 import torch.distributed as dist
-from benchmark import SHAPES, build_ours, synchronize, train_step
+from benchmark import SHAPES, build_ours, time_steps, train_step
 
 HEAD = (
     f"{'strategy':<10}{'checkpointing':>14}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}{'payload GiB':>13}"
@@ -95,9 +94,9 @@ def measure_rank(options: argparse.Namespace) -> None:
     for checkpointing in (True, False):
         model.model.checkpointing = checkpointing
         torch.manual_seed(world.rank)
-        milliseconds, peak = _measure_steps(train_step(model, wrapped, case), options)
+        seconds, peak = time_steps(train_step(model, wrapped, case), options.warmup, options.steps)
         gathered: list = [None] * world.size
-        dist.all_gather_object(gathered, (milliseconds, peak))
+        dist.all_gather_object(gathered, (1000 * seconds, peak))
         slowest, largest = (max(values) for values in zip(*gathered, strict=True))
         if world.rank == 0:
             tokens = options.batch * options.length * world.size
@@ -121,22 +120,6 @@ class _Synchronized(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.loss(input_ids)
-
-
-def _measure_steps(step, options: argparse.Namespace) -> tuple[float, float]:
-    """(median milliseconds, peak GiB)"""
-    from accessory.callbacks import peak_memory_gib
-
-    times = []
-    for i in range(options.warmup + options.steps):
-        if i == options.warmup and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[options.warmup :]), peak_memory_gib()
 
 
 def _payload_bytes(model: torch.nn.Module) -> int:
