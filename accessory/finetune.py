@@ -89,8 +89,8 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     _make_writable(output_dir)
     if world.rank == 0:
         held.enter_context(sole_user(output_dir, "--output_dir"))
-        remove_partial(output_dir / "checkpoints")
         refuse_finished(output_dir)  # meanwhile
+        remove_partial(output_dir / "checkpoints")
     settings = run_settings(config, sources, data, world)
     is_calibrated = config.quantization.method in CALIBRATED
     checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
@@ -111,16 +111,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         refuse_last_epoch(checkpoint, before, data.train_plan.rows, config.train.epochs)
     if world.rank == 0 and checkpoint is not None:
         set_later_aside(checkpoint, output_dir / "checkpoints")
-    share = (world.rank, world.size) if _is_sharded(config, world) else None
-    model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
-    refuse_other_weights(model)
-    if model.sharded is not None:
-        model.sharded.connect()
-        model.sharded.verify()
-    torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
-    model.model.checkpointing = config.train.checkpointing
-    model.image_transform = deterministic(config.data.image_transform)
-    _compile(model, config, world)
+    model = _build(config, sources, world)
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
     meta = result_meta(config, sources)
@@ -144,16 +135,38 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         _fit(trainer, module, data, checkpoint, output_dir)
 
     if world.rank == 0:
-        meta |= {"steps": trainer.global_step}
-        if module.unreadable_images:
-            meta |= {"unreadable_images": module.unreadable_images}
-            print(f"{len(module.unreadable_images)} images could not be read any more; meta.json names them")
-        meta |= {"val_loss": float(trainer.callback_metrics["val_loss"])} if data.val_plan else {}
+        meta |= _outcome(trainer, module, data)
         if not config.only_save_trainable:
             export_hf(model, output_dir / "model")
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _build(config: Config, sources: Sources, world: World) -> Llama:
+    """The model of this rank, ready to train and known to be the other ranks' too."""
+    share = (world.rank, world.size) if _is_sharded(config, world) else None
+    model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
+    refuse_other_weights(model)
+    if model.sharded is not None:
+        model.sharded.connect()
+        model.sharded.verify()
+    torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
+    model.model.checkpointing = config.train.checkpointing
+    model.image_transform = deterministic(config.data.image_transform)
+    _compile(model, config, world)
+    return model
+
+
+def _outcome(trainer: Trainer, module: FinetuneModule, data: DataModule) -> dict[str, Any]:
+    """What meta.json says of how the run went."""
+    found: dict[str, Any] = {"steps": trainer.global_step}
+    if module.unreadable_images:
+        found["unreadable_images"] = module.unreadable_images
+        print(f"{len(module.unreadable_images)} images could not be read any more; meta.json names them")
+    if data.val_plan:
+        found["val_loss"] = float(trainer.callback_metrics["val_loss"])
+    return found
 
 
 def _is_sharded(config: Config, world: World) -> bool:
