@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -22,3 +23,10 @@ class Dense:
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         return payload[0].to(dtype)
+
+    def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
+        raise NotImplementedError  # can_fold says no
+
+    def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
+        """In 16 bit, W + B A would round a small adapter away."""
+        return False

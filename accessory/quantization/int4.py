@@ -6,20 +6,17 @@ codes in three bytes. What a weight is worth says `Packed`; the values here are 
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from accessory.errors import first_line
+from accessory.kernels import working
 from accessory.quantization.packed import Packed, Scheme
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,8 @@ class Int4:
         return Packed(unpack_codes(codes, self.bits), scales, zeros, self.bits, g_idx[0] if g_idx else None)
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if payload[0].is_cuda and (kernel := _cuda_kernel()) is not None:
-            return kernel(payload, self.bits, shape, dtype)
+        if self.can_fold(payload, shape):
+            return _kernels().dequantize(payload, self.bits, shape, dtype)
         codes, scales, zeros, *g_idx = payload
         signed = torch.int16 if self.bits == 8 else torch.int8  # holds code - zero
         whole = unpack_codes(codes, self.bits).to(signed)
@@ -77,21 +74,17 @@ class Int4:
         grouped = whole.view(*scales.shape, -1).sub_(zeros.unsqueeze(-1))
         return grouped.to(torch.float16).mul_(scales.unsqueeze(-1)).view(shape).to(dtype)
 
+    def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
+        _kernels().dequantize(payload, self.bits, tuple(out.shape), out.dtype, out, lora)
 
-@functools.cache
-def _cuda_kernel() -> Optional[Callable[..., Tensor]]:
-    """int4_cuda's kernel, if it runs on this machine: Triton needs a C compiler, for one."""
-    try:
-        from accessory.quantization.int4_cuda import dequantize
+    def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
+        return payload[0].is_cuda and _kernels() is not None
 
-        smallest = (
-            torch.zeros(1, 8, dtype=dtype, device="cuda") for dtype in (torch.uint8, torch.float16, torch.uint8)
-        )
-        dequantize(tuple(smallest), 8, (1, 8), torch.float16)
-    except Exception as error:  # of Triton, the compiler or the driver
-        log.warning("int4 weights are dequantized by plain PyTorch, several times slower: %s", first_line(error))
-        return None
-    return dequantize
+
+def _kernels() -> Optional[ModuleType]:
+    return working(
+        "accessory.quantization.int4_cuda", "int4 weights are dequantized by plain PyTorch, several times slower"
+    )
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

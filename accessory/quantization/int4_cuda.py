@@ -7,47 +7,97 @@ In plain PyTorch every step writes a tensor of the weight's size. For 11008 x 40
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # columns that a program writes
+COLUMNS = 256  # of the tile that a program writes
+ROWS, ROWS_WITH_LORA = 16, 32
 
 
 @triton.jit
 def _kernel(
-    codes, scales, zeros, g_idx, out, in_features, row_bytes, groups,
-    group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, block: tl.constexpr,
+    codes, scales, zeros, g_idx, lora_b, lora_a, out, rows, in_features, row_bytes, groups, out_stride,
+    group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, regular: tl.constexpr,
+    rank: tl.constexpr, padded_rank: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * block + tl.arange(0, block)
-    inside = column < in_features
-    byte = column * bits // 8
-    shift = column * bits % 8
-    word = tl.load(codes + row * row_bytes + byte, mask=inside, other=0).to(tl.int32)
-    if bits == 3:  # may reach into the next byte
-        next_byte = inside & (byte + 1 < row_bytes)
-        word |= tl.load(codes + row * row_bytes + byte + 1, mask=next_byte, other=0).to(tl.int32) << 8
-    code = (word >> shift) & ((1 << bits) - 1)
-    group = tl.load(g_idx + column, mask=inside, other=0) if reordered else column // group_size
-    scale = tl.load(scales + row * groups + group, mask=inside, other=0.0)
-    zero = tl.load(zeros + row * groups + group, mask=inside, other=0).to(tl.int32)
-    value = (code - zero).to(tl.float16) * scale  # rounded to float16, as the files' own kernels do
-    tl.store(out + row * in_features + column, value.to(out.dtype.element_ty), mask=inside)
+    row = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)[:, None]
+    first = tl.program_id(1) * tile_columns
+    column = first + tl.arange(0, tile_columns)[None, :]
+    inside = (row < rows) & (column < in_features)
+    if regular:  # whole groups (or a part of one) in a tile, codes that lie side by side: nothing is loaded twice
+        if bits == 4:
+            byte = first // 2 + tl.arange(0, tile_columns // 2)[None, :]
+            held = (row < rows) & (byte < row_bytes)
+            pair = tl.load(codes + row * row_bytes + byte, mask=held, other=0).to(tl.int32)
+            code = tl.interleave(pair & 15, pair >> 4)
+        else:
+            code = tl.load(codes + row * row_bytes + column, mask=inside, other=0).to(tl.int32)
+        parts: tl.constexpr = tile_columns // group_size if group_size < tile_columns else 1
+        group = first // group_size + tl.arange(0, parts)[None, :]
+        exists = (row < rows) & (group < groups)
+        scale = tl.load(scales + row * groups + group, mask=exists, other=0.0)
+        zero = tl.load(zeros + row * groups + group, mask=exists, other=0).to(tl.int32)
+        code = tl.reshape(code, (tile_rows, parts, tile_columns // parts))
+        value = (code - zero[:, :, None]).to(tl.float16) * scale[:, :, None]
+        value = tl.reshape(value, (tile_rows, tile_columns))
+    else:
+        byte = column * bits // 8
+        shift = column * bits % 8
+        word = tl.load(codes + row * row_bytes + byte, mask=inside, other=0).to(tl.int32)
+        if bits == 3:  # may reach into the next byte
+            next_byte = inside & (byte + 1 < row_bytes)
+            word |= tl.load(codes + row * row_bytes + byte + 1, mask=next_byte, other=0).to(tl.int32) << 8
+        code = (word >> shift) & ((1 << bits) - 1)
+        group = tl.load(g_idx + column, mask=column < in_features, other=0) if reordered else column // group_size
+        scale = tl.load(scales + row * groups + group, mask=inside, other=0.0)
+        zero = tl.load(zeros + row * groups + group, mask=inside, other=0).to(tl.int32)
+        value = (code - zero).to(tl.float16) * scale  # rounded to float16, as the files' own kernels do
+    if rank > 0:
+        k = tl.arange(0, padded_rank)
+        b = tl.load(lora_b + row * rank + k[None, :], mask=(row < rows) & (k[None, :] < rank), other=0.0)
+        fits = (k[:, None] < rank) & (column < in_features)
+        a = tl.load(lora_a + k[:, None] * in_features + column, mask=fits, other=0.0)
+        total = value.to(tl.float32) + tl.dot(b, a, out_dtype=tl.float32)
+        tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize(payload: Sequence[Tensor], bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Int4's payload -> the weight of `shape` in `dtype`."""
+def dequantize(
+    payload: Sequence[Tensor],
+    bits: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    out: Optional[Tensor] = None,
+    lora: Optional[tuple[Tensor, Tensor]] = None,
+) -> Tensor:
+    """Int4's payload -> the weight of `shape` in `dtype`, written to `out` (rows may be apart) where it is given.
+
+    lora: (B [out, r], A [r, in]) in 16 bit, whose product is added in fp32 before the weight is rounded."""
     codes, scales, zeros, *g_idx = payload
     rows, in_features = shape
     groups = scales.shape[1]
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    block = min(BLOCK, triton.next_power_of_2(in_features))
-    with torch.cuda.device(codes.device):
-        _kernel[(rows, triton.cdiv(in_features, block))](
-            codes, scales, zeros, g_idx[0] if g_idx else codes, out, in_features, codes.shape[1], groups,
-            in_features // groups, bits, bool(g_idx), block,
+    out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
+    b, a = lora or (out, out)
+    rank = b.shape[1] if lora else 0
+    group_size = in_features // groups
+    whole_groups = COLUMNS % group_size == 0 or group_size % COLUMNS == 0
+    regular = bits in (4, 8) and not g_idx and whole_groups
+    tile_rows = ROWS_WITH_LORA if lora else ROWS
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
+    with torch.cuda.device_of(codes):
+        _kernel[grid](
+            codes, scales, zeros, g_idx[0] if g_idx else codes, b, a, out, rows, in_features, codes.shape[1], groups,
+            out.stride(0), group_size, bits, bool(g_idx), regular, rank, max(16, triton.next_power_of_2(rank)),
+            tile_rows, COLUMNS,
         )  # fmt: skip
     return out
+
+
+def try_out() -> None:
+    smallest = (torch.zeros(1, 8, dtype=dtype, device="cuda") for dtype in (torch.uint8, torch.float16, torch.uint8))
+    dequantize(tuple(smallest), 8, (1, 8), torch.float16)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Optional
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
+
+from accessory.kernels import working
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,22 @@ class NF4:
         return packed, state.absmax, state.state2.code, state.state2.absmax, state.offset
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        if self.can_fold(payload, shape):
+            return _kernels().dequantize(payload, self.blocksize, shape, dtype)
         packed, absmax, *second = payload
         if self.double_quant:
             codebook, scales, mean = second
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, codebook, 256, torch.float32) + mean
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.blocksize, "nf4", shape, dtype)
+
+    def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
+        _kernels().dequantize(payload, self.blocksize, tuple(out.shape), out.dtype, out, lora)
+
+    def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
+        """The kernel's blocks must not reach from one row into the next."""
+        aligned = shape[1] % self.blocksize == 0 and self.blocksize <= 256
+        return payload[0].is_cuda and aligned and _kernels() is not None
+
+
+def _kernels() -> Optional[ModuleType]:
+    return working("accessory.quantization.nf4_cuda", "NF4 weights are dequantized by bitsandbytes, LoRA apart")

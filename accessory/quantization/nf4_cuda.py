@@ -1,0 +1,101 @@
+"""NF4's dequantization on a GPU: one Triton kernel that reads the payload once and writes the weight once.
+
+bitsandbytes takes three kernels (scales of the scales, their mean, the weight). This one can besides add LoRA's product
+on the way: the weight that it writes is W + B A, summed in fp32 and rounded once, so that one matmul computes the
+linear and its adapter. The product costs nothing: a kernel that waits for memory has the arithmetic free.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from bitsandbytes.functional import get_4bit_type
+from torch import Tensor
+
+COLUMNS = 256  # of the tile that a program writes
+ROWS, ROWS_WITH_LORA = 16, 32
+SCALES_PER_SCALE = 256  # double quantization: scales that share one of theirs
+
+
+@triton.jit
+def _kernel(
+    packed, absmax, codebook, scales, mean, levels, lora_b, lora_a, out, rows, in_features, out_stride,
+    blocksize: tl.constexpr, double_quant: tl.constexpr, rank: tl.constexpr, padded_rank: tl.constexpr,
+    tile_rows: tl.constexpr, tile_columns: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)
+    first = tl.program_id(1) * tile_columns
+    exists = row[:, None] < rows
+
+    block = first // blocksize + tl.arange(0, tile_columns // blocksize)
+    place = row[:, None] * (in_features // blocksize) + block[None, :]
+    held = exists & (block[None, :] < in_features // blocksize)
+    if double_quant:
+        code = tl.load(absmax + place, mask=held, other=0).to(tl.int32)
+        scale = tl.load(codebook + code) * tl.load(scales + place // 256, mask=held, other=0.0) + tl.load(mean)
+    else:
+        scale = tl.load(absmax + place, mask=held, other=0.0)
+
+    word = first // 8 + tl.arange(0, tile_columns // 8)
+    inside = exists & (word[None, :] < in_features // 8)
+    eight = tl.load(packed + row[:, None] * (in_features // 8) + word[None, :], mask=inside, other=0)
+    nibble = tl.arange(0, 8)
+    shift = (nibble // 2) * 8 + (1 - nibble % 2) * 4  # the first of two is the high one
+    code = (eight[:, :, None] >> shift[None, None, :]) & 15
+    weight = tl.reshape(tl.load(levels + code), (tile_rows, tile_columns // blocksize, blocksize)) * scale[:, :, None]
+    weight = tl.reshape(weight, (tile_rows, tile_columns))
+
+    column = first + tl.arange(0, tile_columns)
+    if rank > 0:
+        k = tl.arange(0, padded_rank)
+        b = tl.load(lora_b + row[:, None] * rank + k[None, :], mask=exists & (k[None, :] < rank), other=0.0)
+        fits = (k[:, None] < rank) & (column[None, :] < in_features)
+        a = tl.load(lora_a + k[:, None] * in_features + column[None, :], mask=fits, other=0.0)
+        weight += tl.dot(b, a, out_dtype=tl.float32)
+    whole = exists & (column[None, :] < in_features)
+    tl.store(out + row[:, None] * out_stride + column[None, :], weight.to(out.dtype.element_ty), mask=whole)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """The 16 values of a code, fp32."""
+    return get_4bit_type("nf4", device=device)
+
+
+def dequantize(
+    payload: Sequence[Tensor],
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    out: Optional[Tensor] = None,
+    lora: Optional[tuple[Tensor, Tensor]] = None,
+) -> Tensor:
+    """NF4's payload -> the weight of `shape` in `dtype`, written to `out` (rows may be apart) where it is given.
+
+    lora: (B [out, r], A [r, in]) in 16 bit, whose product is added."""
+    packed, absmax, *second = payload
+    codebook, scales, mean = second or (absmax, absmax, absmax)
+    rows, in_features = shape
+    out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
+    b, a = lora or (out, out)
+    rank = b.shape[1] if lora else 0
+    words = packed.flatten().view(torch.int32)
+    tile_rows = ROWS_WITH_LORA if lora else ROWS
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
+    with torch.cuda.device_of(packed):
+        _kernel[grid](
+            words, absmax, codebook, scales, mean, _levels(packed.device), b, a, out, rows, in_features,
+            out.stride(0), blocksize, bool(second), rank, max(16, triton.next_power_of_2(rank)), tile_rows, COLUMNS,
+            enable_fp_fusion=False,  # scale * scale + mean in one rounding would not be bitsandbytes' weight
+        )  # fmt: skip
+    return out
+
+
+def try_out() -> None:
+    levels = torch.zeros(1, dtype=torch.float32, device="cuda")
+    dequantize((torch.zeros(32, 1, dtype=torch.uint8, device="cuda"), levels), 64, (1, 64), torch.bfloat16)
