@@ -11,9 +11,9 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from accessory.config import OptimConfig
-from accessory.data.packing import block_diagonal_mask
 from accessory.errors import UserError
-from accessory.models.llama import Llama
+from accessory.fused.graph import GraphedLoss
+from accessory.models.llama import Llama, Segments
 from accessory.models.loss import summed_cross_entropy
 from accessory.optim import make_optimizer, make_scheduler
 from accessory.quantization import linear_weight
@@ -21,14 +21,16 @@ from accessory.strategies import gather
 from accessory.tuning.recipe import canonical_name, trainable_state
 
 log = logging.getLogger(__name__)
+GRAPH_INPUTS = ("input_ids", "position_ids", "targets", "bounds", "images")
 
 
-def batch_loss(model: Llama, batch: dict[str, Any]) -> Tensor:
-    """Summed cross-entropy of a micro-batch's answer tokens, fp32 []."""
-    segments = batch.get("segment_ids")
-    mask = None if segments is None else block_diagonal_mask(segments)
+def batch_loss(model: Llama, batch: dict[str, Any], fixed_shape: bool = False) -> Tensor:
+    """Summed cross-entropy of a micro-batch's answer tokens, fp32 []. fixed_shape: nothing depends on the data, as a
+    CUDA graph needs it."""
+    bounds = batch.get("bounds")
+    mask = None if bounds is None else Segments(bounds, batch["input_ids"].shape[1])
     hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], mask, batch.get("images"))
-    return summed_cross_entropy(hidden, linear_weight(model.lm_head, hidden.dtype), batch["targets"])
+    return summed_cross_entropy(hidden, linear_weight(model.lm_head, hidden.dtype), batch["targets"], fixed_shape)
 
 
 class FinetuneModule(LightningModule):
@@ -43,6 +45,7 @@ class FinetuneModule(LightningModule):
         self.validated_at = -1  # optimizer step of the last validation
         self.stop_wanted = False  # this rank was told to stop
         self.stop_agreed = False  # some rank was, and now all know it: after the same optimizer step
+        self.graphed: Optional[GraphedLoss] = None  # forward and backward as one CUDA graph
         self._unreadable: set[str] = set()  # images that could not be read any more; at the end those of all ranks
 
     def train(self, mode: bool = True) -> "FinetuneModule":
@@ -62,9 +65,38 @@ class FinetuneModule(LightningModule):
         """Mean over all answer tokens of the global batch: Lightning divides by accum_iter and DDP by the number of
         ranks, so the share of this micro-batch is multiplied by both."""
         self._note_unreadable(batch)
-        share = batch_loss(self.model, batch) / batch["answer_tokens"]
+        if self.graphed is not None:
+            share = self._graphed_share(batch)
+        else:
+            share = batch_loss(self.model, batch) / batch["answer_tokens"]
         self._micro.append((share.detach(), batch["items"]))
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def use_graphs(self) -> None:
+        """Let a CUDA graph compute loss and gradients from now on: autograd, and with it Lightning's backward, then
+        have nothing to do."""
+
+        def share(batch: dict[str, Any]) -> Tensor:
+            return batch_loss(self.model, batch, fixed_shape=True) * batch["scale"]
+
+        self.graphed = GraphedLoss(share, [p for p in self.model.parameters() if p.requires_grad])
+
+    def _graphed_share(self, batch: dict[str, Any]) -> Tensor:
+        if not self._micro:  # the first of an optimizer step
+            self.graphed.zero()
+        scale = torch.tensor(1 / batch["answer_tokens"], device=self.device)
+        return self.graphed({name: batch[name] for name in GRAPH_INPUTS if name in batch} | {"scale": scale})
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.graphed is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.graphed.attach()  # gradients are there already
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Called between loss and backward, when a graph has its gradients already."""
+        if self.graphed is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _note_unreadable(self, batch: dict[str, Any]) -> None:
         for image in sorted(set(batch.get("unreadable", ())) - self._unreadable):

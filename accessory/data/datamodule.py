@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from accessory.config import BadImages, DataConfig, ImageTransform
 from accessory.data.dataset import Report, open_dataset
 from accessory.data.images import ImageInput, ImageProblem, deterministic, load_pixels
-from accessory.data.packing import IGNORE, IMAGE_SLOT, collate
+from accessory.data.packing import IGNORE, IMAGE_SLOT, WIDTHS, collate, share_rows
 from accessory.data.plan import BatchPlan, MicroBatch
 from accessory.errors import OwnError, UserError
 from accessory.models.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ class PixelSource:
 
 class TokenDataset(Dataset):
     """MicroBatch -> tensors. width: fixed (packing), or None for the longest row, rounded up to a multiple of 8.
+    padding_free: no row for each item; they share rows of `max_words` tokens, or one shorter row.
 
     pixels: for a model that takes images. A batch that has some then holds images, float32 [n, 3, size, size] in the
     order of their slots, and every batch `unreadable`: what is wrong with those that can no longer be read. They are
@@ -96,9 +97,15 @@ class TokenDataset(Dataset):
     """
 
     def __init__(
-        self, items: datasets.Dataset, width: Optional[int], pad_id: int, pixels: Optional[PixelSource] = None
+        self,
+        items: datasets.Dataset,
+        width: Optional[int],
+        pad_id: int,
+        pixels: Optional[PixelSource] = None,
+        padding_free: bool = False,
     ):
         self.items, self.width, self.pad_id, self.pixels = items.with_format("numpy"), width, pad_id, pixels
+        self.padding_free = padding_free
 
     def __len__(self) -> int:
         return len(self.items)
@@ -112,21 +119,28 @@ class TokenDataset(Dataset):
             return problem
 
     def _batch(self, micro: MicroBatch) -> dict[str, Any]:
-        items = [[self.items[i] for i in row] for row in micro.rows]
-        drawn = [i for row in micro.rows for i in row]
-        seen = self._images(drawn, [item for row in items for item in row], micro.epoch)
-        rows = [[(item["input_ids"], item["labels"]) for item in row] for row in items]
-        longest = max(sum(len(ids) for ids, _ in row) for row in rows)
-        batch: dict[str, Any] = collate(rows, self.width or -(-longest // 8) * 8, self.pad_id)
+        found = {i: self.items[i] for row in micro.rows for i in row}
+        layout = micro.rows
+        if self.padding_free:
+            layout = share_rows(list(found), {i: len(item["input_ids"]) for i, item in found.items()}, self.width)
+        drawn = [i for row in layout for i in row]
+        seen = self._images(drawn, [found[i] for i in drawn], micro.epoch)
+        rows = [[(found[i]["input_ids"], found[i]["labels"]) for i in row] for row in layout]
+        batch: dict[str, Any] = collate(rows, self._width(rows), self.pad_id)
         if micro.filler:
             batch["targets"].fill_(IGNORE)
-        packed = any(len(row) > 1 for row in rows)
-        if not packed:
-            del batch["segment_ids"]  # right padding needs no mask: causal attention never looks there
+        if not self.padding_free and all(len(row) == 1 for row in rows):
+            del batch["bounds"]  # right padding needs no mask: causal attention never looks there
         slots = int((batch["input_ids"] == IMAGE_SLOT).sum())
         assert slots == (len(seen.get("images", ())) * self.pixels.image.words if self.pixels else 0)
         tokens = 0 if micro.filler else sum(len(ids) for row in rows for ids, _ in row)
         return batch | seen | {"answer_tokens": micro.answer_tokens, "tokens": tokens, "items": drawn}
+
+    def _width(self, rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> int:
+        longest = max(sum(len(ids) for ids, _ in row) for row in rows)
+        if self.padding_free and len(rows) == 1:
+            return min(self.width, -(-longest // WIDTHS) * WIDTHS)
+        return self.width or -(-longest // 8) * 8
 
     def _images(self, drawn: list[int], items: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
         """images and unreadable; masks the labels of items whose image cannot be read."""
@@ -158,8 +172,10 @@ class DataModule(LightningDataModule):
         rank: int,
         seed: int,
         images: Optional[ImageInput] = None,
+        padding_free: bool = False,
     ):
         super().__init__()
+        self.padding_free = padding_free and not config.packing
         self.config, self.rank, self.pad_id, self.seed, self.images = config, rank, tokenizer.eos_id, seed, images
         items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer, images)
         self.val_report: Optional[Report] = None
@@ -186,10 +202,11 @@ class DataModule(LightningDataModule):
         return self._loader(self.val_items, self.val_plan, transform) if self.val_plan else []
 
     def _loader(self, items: datasets.Dataset, plan: BatchPlan, transform: ImageTransform) -> PlannedLoader:
-        width = self.config.max_words if self.config.packing else None
+        width = self.config.max_words if self.config.packing or self.padding_free else None
+        pixels = _pixels(self.images, transform, self.config, self.seed)
         workers = min(self.config.num_workers, os.cpu_count() or 1)  # more only take turns
         return PlannedLoader(
-            TokenDataset(items, width, self.pad_id, _pixels(self.images, transform, self.config, self.seed)),
+            TokenDataset(items, width, self.pad_id, pixels, self.padding_free),
             sampler=_PlanSampler(plan, self.rank),
             batch_size=None,
             num_workers=workers,

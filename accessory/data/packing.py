@@ -1,8 +1,8 @@
 """Rows of a batch: one item each, or several packed behind each other.
 
 Packing fills rows of `max_words` tokens with whole items (first-fit-decreasing, within shuffled windows). Position ids
-restart with each item and attention stays inside it (a block-diagonal mask from segment ids), so a packed row gives the
-losses and gradients of its items run apart.
+restart with each item and attention stays inside it (`bounds`), so a packed row gives the losses and gradients of its
+items run apart. `share_rows` does the same with the items of one micro-batch, where the batch is to stay what it is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 IGNORE = -100
 IMAGE_SLOT = -1  # in input_ids where the model puts a vector of an image (query or tag); no tokenizer has this id
+BOUNDS = 16  # their number is rounded up to a multiple, and
+WIDTHS = 128  # a single row's width too, so that few shapes occur
 WINDOW = 2048  # items packed together: large enough to fill rows, small enough to keep the order random
 
 
@@ -51,33 +53,38 @@ def _first_fit(items: np.ndarray, lengths: np.ndarray, capacity: int) -> list[li
     return rows
 
 
+def share_rows(items: list[int], lengths: dict[int, int], capacity: int) -> list[list[int]]:
+    """The items of a micro-batch -> as few rows of at most `capacity` tokens as first-fit-decreasing finds."""
+    sizes = np.array([lengths[item] for item in items])
+    rows = _first_fit(np.argsort(-sizes, kind="stable"), sizes, capacity)
+    return [[items[i] for i in row] for row in rows]
+
+
 def collate(
     rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, pad_id: int
 ) -> dict[str, Tensor]:
     """Rows of (input_ids, labels) items -> tensors, int64 [rows, width].
 
     targets: the label of the *next* token within the same item, -100 where nothing is learnt;
-    position_ids: restart with each item; segment_ids: which item of its row a token belongs to, -1 for padding.
+    position_ids: restart with each item; bounds: int32 [n + 1], where the items begin (and the padding behind them, as
+    if it were one), counted over all rows; at the end, once or more, the number of all tokens.
     """
     shape = len(rows), width
     input_ids = torch.full(shape, pad_id)
     targets = torch.full(shape, IGNORE)
     position_ids = torch.zeros(shape, dtype=torch.int64)
-    segment_ids = torch.full(shape, -1)
+    starts = []
     for r, row in enumerate(rows):
         start = 0
-        for segment, (ids, labels) in enumerate(row):
+        for ids, labels in row:
             end = start + len(ids)
             input_ids[r, start:end] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
             targets[r, start : end - 1] = torch.as_tensor(np.asarray(labels, dtype=np.int64)[1:])
             position_ids[r, start:end] = torch.arange(end - start)
-            segment_ids[r, start:end] = segment
+            starts.append(r * width + start)
             start = end
-    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids, "segment_ids": segment_ids}
-
-
-def block_diagonal_mask(segment_ids: Tensor) -> Tensor:
-    """segment_ids: int64 [b, s] -> bool [b, 1, s, s]: causal, and only within a segment."""
-    s = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return (same & torch.ones(s, s, dtype=torch.bool, device=segment_ids.device).tril()).unsqueeze(1)
+        if start < width:
+            starts.append(r * width + start)
+    bounds = torch.full((-(-(len(starts) + 1) // BOUNDS) * BOUNDS,), len(rows) * width, dtype=torch.int32)
+    bounds[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
+    return {"input_ids": input_ids, "targets": targets, "position_ids": position_ids, "bounds": bounds}

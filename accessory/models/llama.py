@@ -9,7 +9,7 @@ The order of roundings in 16 bit follows transformers' LLaMA, so exported models
 
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,27 @@ from accessory.config import ImageTransform, QuantizationConfig
 from accessory.errors import UserError
 
 NO_IMAGES = "images given, but this model is language-only (llama_type llama_qformerv2_peft takes them)"
+
+
+class Segments(NamedTuple):
+    """Sequences that lie behind each other in the rows of a batch; attention stays inside each.
+
+    bounds: int32 [n + 1], the first token of each sequence, counted over all rows, and the end of the last (which may
+    stand there again and again: empty sequences behind it); longest: no sequence has more tokens."""
+
+    bounds: Tensor
+    longest: int
+
+    def matrix(self, b: int, s: int) -> Tensor:
+        """bool [b, 1, s, s]: causal, and only within a sequence."""
+        place = torch.arange(b * s, device=self.bounds.device)
+        sequence = torch.bucketize(place, self.bounds[1:].to(place.dtype), right=True).view(b, s)
+        same = sequence[:, :, None] == sequence[:, None, :]
+        return (same & torch.ones(s, s, dtype=torch.bool, device=place.device).tril()).unsqueeze(1)
+
+
+Mask = Optional[Union[Tensor, Segments]]
+"""Who attends to whom: bool, broadcastable to [b, h, s, keys], True may attend; Segments; or None: causal."""
 
 
 class Cache(Protocol):
@@ -48,11 +69,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention. q: [b, h, s, e]; k, v: [b, k, keys, e], k dividing h -> [b, s, h, e]."""
+    b, h, s, _ = q.shape
+    if isinstance(mask, Segments):
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+            bounds, longest = mask
+            # FlashAttention-2 (arXiv:2307.08691) of sequences of any lengths. torch.nn.attention.varlen wraps the same
+            # operator, with arguments that differ between torch 2.11 and 2.13.
+            out = torch.ops.aten._flash_attention_forward(q, k, v, bounds, bounds, longest, longest, 0.0, True, False)[
+                0
+            ]
+            return out.unflatten(0, (b, s))
+        mask = mask.matrix(b, s)
+    if h != k.shape[1] and not (q.is_cuda and mask is None):
+        # Repeated, not enable_gqa: with a mask, that option falls back to the slow kernel that holds [h, s, s].
+        k, v = (t.repeat_interleave(h // k.shape[1], dim=1) for t in (k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, enable_gqa=h != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -61,7 +104,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Optional[Cache]) -> Tensor:
         b, s, _ = x.shape
         q, k, v = (
             proj(x).view(b, s, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -69,11 +112,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if self.groups > 1:
-            # Repeated, not enable_gqa: with a mask, that option falls back to the slow kernel that holds [h, s, s].
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and s > 1)
-        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1))
+        return self.o_proj(attend(q, k, v, mask).reshape(b, s, -1))
 
 
 class MLP(nn.Module):
@@ -96,7 +135,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Optional[Tensor] = None, cache: Optional[Cache] = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask = None, cache: Optional[Cache] = None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -110,18 +149,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         with torch.device("cpu"):  # computed, not loaded: on the meta device its values would be lost
             self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.checkpointing = False
+        self.recomputed = 0  # so many blocks, the first ones, keep their input alone and compute again in backward
+        self.fused = False  # whether blocks have a forward that does that by itself (accessory.fused)
 
-    def forward(
-        self, embeds: Tensor, position_ids: Tensor, mask: Optional[Tensor] = None, cache: Optional[Cache] = None
-    ) -> Tensor:
-        """embeds: [b, s, d]; position_ids: int64 [b, s]; mask: bool, broadcastable to [b, h, s, keys], True may attend
-        (None: causal) -> normed hidden states [b, s, d]."""
+    def forward(self, embeds: Tensor, position_ids: Tensor, mask: Mask = None, cache: Optional[Cache] = None) -> Tensor:
+        """embeds: [b, s, d]; position_ids: int64 [b, s]; mask: see `Mask` -> normed hidden states [b, s, d]."""
         cos, sin = self.rotary_emb(embeds, position_ids)
         rope = cos.unsqueeze(1), sin.unsqueeze(1)
         x = embeds
-        for block in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+        for i, block in enumerate(self.layers):
+            recomputed = i < self.recomputed and torch.is_grad_enabled()
+            if self.fused:
+                x = block(x, rope, mask, cache, recomputed)
+            elif recomputed:
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
@@ -166,7 +206,7 @@ class Llama(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Optional[Tensor] = None,
-        mask: Optional[Tensor] = None,
+        mask: Mask = None,
         images: Optional[Tensor] = None,
     ) -> Tensor:
         """input_ids: int64 [b, s] -> [b, s, d], before the output layer. images: of a multimodal model, see there."""

@@ -8,28 +8,31 @@ needs, and it is computed in forward, where the chunk's logits are at hand.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024  # tokens; with 32,000 words the fp32 logits of a chunk take 131 MB
+CHUNK = 512  # tokens; with 32,000 words the fp32 logits of a chunk take 65 MB
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Optional[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             log_probabilities = F.linear(hidden[chunk], weight).float().log_softmax(-1)
             target = targets[chunk, None]
-            total -= log_probabilities.gather(1, target).sum()
+            gathered = log_probabilities.gather(1, target)
+            total -= (gathered if counted is None else gathered * counted[chunk, None]).sum()
             if gradient is not None:
                 difference = log_probabilities.exp_()
                 difference.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+                if counted is not None:
+                    difference.mul_(counted[chunk, None])
                 gradient[chunk] = difference.to(hidden.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -38,11 +41,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden: [b, s, d]; weight: [v, d], frozen; targets: int64 [b, s], -100 ignored -> fp32 sum over the targets."""
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, fixed_shape: bool = False) -> Tensor:
+    """hidden: [b, s, d]; weight: [v, d], frozen; targets: int64 [b, s], -100 ignored -> fp32 sum over the targets.
+
+    fixed_shape: project the ignored tokens too, and count them as zero, so that no shape depends on the data."""
     assert not weight.requires_grad
     counted = targets != -100
-    return _FrozenHeadLoss.apply(hidden[counted], weight, targets[counted])
+    if fixed_shape:
+        mask = counted.flatten()
+        return _FrozenHeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten().clamp(min=0), mask)
+    return _FrozenHeadLoss.apply(hidden[counted], weight, targets[counted], None)

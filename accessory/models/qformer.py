@@ -111,7 +111,10 @@ class QFormerLlama(Llama):
             return self._tie_to_image_part(super().embed(input_ids))
         slots = input_ids == IMAGE_SLOT
         embeds = super().embed(input_ids.masked_fill(slots, 0))
-        return embeds.masked_scatter(slots.unsqueeze(-1), self.encode_images(images))
+        # The n-th slot takes the n-th vector. Not masked_scatter: its backward waits for the GPU to count the slots.
+        place = slots.flatten().cumsum(0).sub(1).clamp(min=0)
+        shown = self.encode_images(images).flatten(0, 1).index_select(0, place).view_as(embeds)
+        return torch.where(slots.unsqueeze(-1), shown, embeds)
 
     def _tie_to_image_part(self, embeds: Tensor) -> Tensor:
         """The same embeddings, as a function of what trains in the image part too: a text-only batch gives it the

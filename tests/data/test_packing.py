@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.data.packing import IGNORE, IMAGE_SLOT, WINDOW, block_diagonal_mask, collate, insert_image, pack
+from accessory.data.packing import IGNORE, IMAGE_SLOT, WINDOW, collate, insert_image, pack, share_rows
+from accessory.models.llama import Segments
 from accessory.module import batch_loss
 
 LENGTHS = {
@@ -62,7 +63,7 @@ def test_batch_has_each_items_ids_positions_and_next_labels():
     batch = collate([[A, B], [C]], width=8, pad_id=2)
     assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 1, 20, 21, 2], [1, 30, 2, 2, 2, 2, 2, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
-    assert batch["segment_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, -1]]
+    assert batch["bounds"].tolist() == [0, 4, 7, 8, 10] + [16] * 11  # items, and the padding behind them
     assert batch["targets"].tolist() == [
         [-100, 11, 12, -100, 20, 21, -100, -100],
         [30, -100, -100, -100, -100, -100, -100, -100],
@@ -77,13 +78,22 @@ def test_first_token_of_an_item_is_never_a_target_of_the_item_before():
 
 def test_mask_lets_a_token_see_itself_and_what_stands_before_it_in_its_item():
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 2, 2, 3, 3]])
-    mask = block_diagonal_mask(segments)
+    bounds = torch.tensor([0, 3, 5, 6, 8, 9, 12, 14, 16, 16, 16], dtype=torch.int32)
+    mask = Segments(bounds, 8).matrix(2, 8)
     assert mask.shape == (2, 1, 8, 8)
     for row in range(2):
         for query in range(8):
             for key in range(8):
                 expected = key <= query and bool(segments[row, query] == segments[row, key])
                 assert mask[row, 0, query, key] == expected
+
+
+def test_items_of_a_micro_batch_share_as_few_rows_as_they_fit_into():
+    lengths = {7: 5, 3: 9, 4: 2, 9: 4, 1: 1}
+    rows = share_rows([7, 3, 4, 9, 1], lengths, capacity=10)
+    assert sorted(item for row in rows for item in row) == [1, 3, 4, 7, 9]
+    assert all(sum(lengths[item] for item in row) <= 10 for row in rows)
+    assert len(rows) == 3  # 21 tokens
 
 
 def test_image_stands_behind_the_first_token():
@@ -97,7 +107,7 @@ def test_slots_stay_with_their_item_and_are_never_learnt():
     items = [A, *((insert_image(ids, 4, IMAGE_SLOT), insert_image(labels, 4, IGNORE)) for ids, labels in (caption, B))]
     batch = collate([items], width=20, pad_id=2)
     assert batch["input_ids"].tolist() == [[1, 10, 11, 12, 1, -1, -1, -1, -1, 50, 51, 1, -1, -1, -1, -1, 20, 21, 2, 2]]
-    assert batch["segment_ids"].tolist() == [[0] * 4 + [1] * 7 + [2] * 7 + [-1] * 2]
+    assert batch["bounds"].tolist() == [0, 4, 11, 18] + [20] * 12
     assert batch["position_ids"].tolist() == [[*range(4), *range(7), *range(7), 0, 0]]
     learnt = {i: target for i, target in enumerate(batch["targets"][0].tolist()) if target != IGNORE}
     assert learnt == {1: 11, 2: 12, 8: 50, 9: 51, 15: 20, 16: 21}

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import accessory
-from accessory.data.packing import block_diagonal_mask
 from accessory.errors import UserError
+from accessory.models.llama import Segments
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % VOCAB
 OTHER_THETA = {"rope_type": "default", "rope_theta": 500.0}
@@ -127,24 +127,24 @@ def test_padding_on_the_right_changes_no_logit_before_it(hf_folder):
 def test_packed_items_give_the_hidden_states_of_each_item_alone(hf_folder):
     model = accessory.load_model([hf_folder])
     first, second = IDS[:1, :5], IDS[1:, :7]
-    segments = torch.tensor([[1] * 5 + [2] * 7])
+    segments = Segments(torch.tensor([0, 5, 12], dtype=torch.int32), 12)
     positions = torch.tensor([[*range(5), *range(7)]])
-    packed = model.hidden_states(torch.cat([first, second], 1), positions, block_diagonal_mask(segments))
+    packed = model.hidden_states(torch.cat([first, second], 1), positions, segments)
     alone = torch.cat([model.hidden_states(first), model.hidden_states(second)], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
 
 def test_recomputing_activations_changes_no_gradient(hf_folder):
     gradients = []
-    for checkpointing in (False, True):
+    for recomputed in (0, 1, 2):
         model = accessory.load_model([hf_folder])
         for layer in model.model.layers:
             layer.input_layernorm.weight.requires_grad_(True)
-        model.model.checkpointing = checkpointing
+        model.model.recomputed = recomputed
         model(IDS).square().mean().backward()
         gradients.append(torch.stack([layer.input_layernorm.weight.grad for layer in model.model.layers]))
     assert gradients[0].abs().min() > 0
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
 def test_images_are_refused_by_a_language_model(hf_folder):

@@ -1,0 +1,86 @@
+"""Forward and backward of a micro-batch as one CUDA graph.
+
+A step on a GPU is some thousand kernels, many of them shorter than the time Python takes to launch one. A graph
+launches all of them at once. It needs shapes that do not change, and tensors that stay where they are. So there is
+a graph for each shape of a batch, its input is copied in, and gradients are added to buffers that live as long as this
+object.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accessory.errors import first_line
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Key = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    loss: Tensor
+
+
+class GraphedLoss:
+    """loss(batch) -> fp32 [], without a graph of autograd: the gradients are in the trainables' .grad already."""
+
+    def __init__(self, loss: Callable[[Batch], Tensor], trainables: list[nn.Parameter]):
+        self._loss, self._trainables = loss, trainables
+        self._gradients = [torch.zeros_like(p) for p in trainables]
+        self._seen: set[Key] = set()
+        self._captured: dict[Key, _Captured] = {}
+        self.works = True
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Gradients are added to those that are there; `attach` them first, and zero them once a step."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        key = tuple(sorted((name, tuple(value.shape)) for name, value in tensors.items()))
+        if not self.works or (key not in self._captured and key not in self._seen):
+            self._seen.add(key)  # the first time as ever: kernels are compiled and chosen, which a capture must not do
+            return self._run(batch)
+        if key not in self._captured:
+            try:
+                self._captured[key] = self._capture(batch, tensors)
+            except RuntimeError as error:
+                self.works = False
+                log.warning("fast.graphs: not used any more, as a step could not be captured (%s)", first_line(error))
+                return self._run(batch)
+        captured = self._captured[key]
+        for name, value in captured.inputs.items():
+            value.copy_(tensors[name], non_blocking=True)
+        captured.graph.replay()
+        return captured.loss.clone()
+
+    def attach(self) -> None:
+        """Let each trainable's .grad be its buffer."""
+        for parameter, gradient in zip(self._trainables, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def zero(self) -> None:
+        torch._foreach_zero_(self._gradients)
+
+    def _run(self, batch: Batch) -> Tensor:
+        loss = self._loss(batch)
+        found = torch.autograd.grad(loss, self._trainables, allow_unused=True)
+        pairs = [(to, new) for to, new in zip(self._gradients, found, strict=True) if new is not None]
+        torch._foreach_add_([to for to, _ in pairs], [new for _, new in pairs])
+        return loss.detach()
+
+    def _capture(self, batch: Batch, tensors: dict[str, Tensor]) -> _Captured:
+        inputs = {name: value.clone() for name, value in tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread, which pins memory meanwhile, is none of its business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._run(batch | inputs)
+        return _Captured(graph, inputs, loss)

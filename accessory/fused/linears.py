@@ -1,0 +1,147 @@
+"""Frozen linears that share their input, computed as one: q, k and v; gate and up.
+
+    forward   y = x W^T + b + (x A^T) (s B)^T            W, A, b: the linears' stacked, B: block-diagonal
+    backward  dx = dy W + u A,   u = dy (s B)            dA = u^T x,   dB = s dy^T (x A^T),   db = sum over tokens of dy
+
+W exists in 16 bit only while it is multiplied. Where a backend's kernel can add s B A to the weight as it dequantizes
+(in fp32, rounded once), the adapter's share of y and of dx comes out of the same matmul: what is computed with is then
+what an export writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from accessory.quantization import QuantLinear
+
+
+@dataclass
+class Part:
+    """One linear of a group: where its outputs lie, and what trains in it."""
+
+    layer: QuantLinear
+    rows: slice
+    a: Optional[nn.Parameter] = None
+    b: Optional[nn.Parameter] = None
+    scale: float = 1.0
+    ranks: Optional[slice] = None
+
+
+FOLD_FROM = 1024  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
+
+
+class Group:
+    """Linears of one input. 16-bit copies of what trains are kept, and are `refresh`ed at the start of each step."""
+
+    def __init__(self, linears: list[nn.Module]):
+        self.parts: list[Part] = []
+        rows = ranks = 0
+        for linear in linears:
+            layer = linear.base_layer if isinstance(linear, LoraLayer) else linear
+            part = Part(layer, slice(rows, rows + layer.out_features))
+            if isinstance(linear, LoraLayer):
+                (name,) = linear.active_adapters
+                part.a, part.b = linear.lora_A[name].weight, linear.lora_B[name].weight
+                part.scale, part.ranks = linear.scaling[name], slice(ranks, ranks + part.a.shape[0])
+                ranks += part.a.shape[0]
+            self.parts.append(part)
+            rows += layer.out_features
+        self.rows, self.ranks, self.in_features = rows, ranks, self.parts[0].layer.in_features
+        # In 16 bit a sum with a small adapter would round it away; a kernel that dequantizes has the weight in fp32.
+        self.can_fold = all(part.layer.can_fold for part in self.parts)
+        self.bias: Optional[Tensor] = None
+        self._a: Optional[Tensor] = None
+        self._b: dict[int, Tensor] = {}
+
+    @property
+    def trainables(self) -> list[nn.Parameter]:
+        """What may train: for each linear its bias, A and B, as far as it has them."""
+        found = [p for part in self.parts for p in (part.layer.bias, part.a, part.b)]
+        return [p for p in found if p is not None]
+
+    def copies(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
+        """Make the 16-bit copies: (copy, master, factor) of each."""
+        pairs = []
+        device = self.parts[0].layer.payload[0].device
+        if any(part.layer.bias is not None for part in self.parts):
+            self.bias = torch.zeros(self.rows, dtype=dtype, device=device)
+        if self.ranks:
+            self._a = torch.zeros(self.ranks, self.in_features, dtype=dtype, device=device)
+        for i, part in enumerate(self.parts):
+            if part.layer.bias is not None:
+                pairs.append((self.bias[part.rows], part.layer.bias, 1.0))
+            if part.a is not None:
+                self._b[i] = torch.zeros(part.b.shape, dtype=dtype, device=device)
+                pairs += [(self._a[part.ranks], part.a, 1.0), (self._b[i], part.b, part.scale)]
+        return pairs
+
+    def _weight(self, dtype: torch.dtype, folded: bool) -> Tensor:
+        """The stacked weight [out of all, in]; plus s B A, if folded."""
+        device = self.parts[0].layer.payload[0].device
+        weight = torch.empty(self.rows, self.in_features, dtype=dtype, device=device)
+        for i, part in enumerate(self.parts):
+            lora = (self._b[i], self._a[part.ranks]) if folded and part.a is not None else None
+            part.layer.dequantize_into(weight[part.rows], lora)
+        return weight
+
+    def _folds(self, x: Tensor) -> bool:
+        return self.can_fold and bool(self.ranks) and len(x) >= FOLD_FROM
+
+    def project(self, x: Tensor) -> Optional[Tensor]:
+        """x: [m, in] -> x A^T [m, ranks of all]; None without LoRA."""
+        return x @ self._a.T if self.ranks else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """x: [m, in] -> y [m, out of all], and `project(x)`."""
+        folded = self._folds(x)
+        y, t = F.linear(x, self._weight(x.dtype, folded), self.bias), self.project(x)
+        if not folded:
+            for i, part in self._adapted:
+                y[:, part.rows].addmm_(t[:, part.ranks], self._b[i].T)
+        return y, t
+
+    def input_gradient(self, dy: Tensor, u: Optional[Tensor]) -> Tensor:
+        """dy: [m, out of all]; u as from `gradients` -> dx [m, in]."""
+        folded = self._folds(dy)
+        dx = dy @ self._weight(dy.dtype, folded)
+        return dx if folded or u is None else dx.addmm_(u, self._a)
+
+    def gradients(
+        self, dy: Tensor, x: Optional[Tensor], t: Optional[Tensor]
+    ) -> tuple[list[Optional[Tensor]], Optional[Tensor]]:
+        """dy: [m, out of all]; x and t as in forward, None without LoRA -> the gradients of `trainables` in fp32, and
+        u = dy (s B), [m, ranks of all]."""
+        d_bias = d_a = u = None
+        if any(part.layer.bias is not None and part.layer.bias.requires_grad for part in self.parts):
+            d_bias = wide_mm(dy.new_ones(8, len(dy)), dy)[0]  # a sum over the tokens, at a matmul's speed
+        if self.ranks:
+            u = dy.new_empty(len(dy), self.ranks)
+            for i, part in self._adapted:
+                torch.mm(dy[:, part.rows], self._b[i], out=u[:, part.ranks])
+            d_a = wide_mm(u.T, x)
+        found: list[Optional[Tensor]] = []
+        for part in self.parts:
+            if part.layer.bias is not None:
+                found.append(None if d_bias is None else d_bias[part.rows])
+            if part.a is not None:
+                d_b = wide_mm(dy[:, part.rows].T, t[:, part.ranks])
+                found += [d_a[part.ranks], d_b if part.scale == 1 else d_b * part.scale]
+        return found, u
+
+    @property
+    def _adapted(self) -> list[tuple[int, Part]]:
+        """The parts that have LoRA, with their numbers."""
+        return [(i, part) for i, part in enumerate(self.parts) if part.a is not None]
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit matrices in fp32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b if a.dtype in (torch.float32, torch.float64) else a.float() @ b.float()
