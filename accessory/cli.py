@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -75,7 +76,8 @@ def launch(config_name: str, flags: list[Flag], schema: type, job: Callable[[Dic
             print(help_text(Path(sys.argv[0]).name, flags, schema))
             return
         words = rewrite(sys.argv[1:], flags)
-        sys.argv[1:] = adopt_lora_settings(words) if schema is Config else words
+        has_recipe = "recipe" in (item.name for item in fields(schema))
+        sys.argv[1:] = adopt_lora_settings(words) if has_recipe else words
         check_composition(config_name, schema, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
 

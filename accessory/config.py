@@ -209,12 +209,30 @@ class TrainConfig:
     """Micro-batches per optimizer step; changes memory, not the result."""
     precision: Precision = Precision.bf16
     """Compute type: bf16, fp16 or tf32 (fp32 with TF32 matmuls). Trainables are fp32 in each."""
-    checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-    compile: Optional[bool] = None
-    """Compile the decoder blocks with torch.compile; unset: yes on CUDA, no on a CPU."""
+    checkpointing: Optional[bool] = None
+    """Recompute activations in backward: less memory, about a third more time. Unset: as few blocks as the GPU's memory
+    allows, by the estimate; none on a CPU."""
     val_interval: float = 1.0
     """Epochs between validations (0.25: four an epoch)."""
+
+
+@dataclass
+class FastConfig:
+    enabled: Optional[bool] = None
+    """The switch for all parts that are unset below: fast=on, fast=off; unset (fast=auto): on with a CUDA GPU."""
+    blocks: Optional[bool] = None
+    """Compute a decoder block as one function with a backward of its own: dequantization, bias and LoRA in one matmul,
+    fused norms and SwiGLU, the fewest activations kept."""
+    compile: Optional[bool] = None
+    """torch.compile the decoder blocks, one by one, where `blocks` does not apply."""
+    graphs: Optional[bool] = None
+    """Launch forward and backward of a micro-batch as one CUDA graph (one GPU)."""
+    offload: Optional[bool] = None
+    """Keep the inputs of recomputed blocks in host memory: copied beside the computation. Unset: where all blocks are
+    recomputed, and `blocks` applies, on a GPU."""
+    padding_free: Optional[bool] = None
+    """Lay the items of a micro-batch behind each other in rows of up to max_words tokens, instead of padding them to
+    the longest: the same update, fewer tokens. (data.packing fills batch_size whole rows: larger batches.)"""
 
 
 @dataclass
@@ -271,6 +289,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fast: FastConfig = field(default_factory=FastConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import Logger
 
+from accessory import fast as fast_parts
 from accessory.agreement import refuse_other_runs, refuse_other_weights
 from accessory.assemble import assemble
 from accessory.bases import FROZEN_FILE, META_FILE
@@ -23,7 +24,9 @@ from accessory.config import Config, DataParallel, Precision
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
+from accessory.estimate import OVERHEAD, recomputed_blocks_that_fit
 from accessory.export import export_hf
+from accessory.fast import Fast
 from accessory.files import disk_error, link, remove_partial, sole_user
 from accessory.interruption import Interruption
 from accessory.loggers import make_loggers
@@ -59,7 +62,7 @@ from accessory.strategies import (
     join_ranks,
     make_strategy,
 )
-from accessory.summary import describe_run
+from accessory.summary import describe_run, largest_step
 from accessory.tuning.recipe import check_recipe, trainable_names
 
 
@@ -84,7 +87,9 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     check_recipe(sources, config.recipe, config.quantization)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
-    data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision))
+    fast = fast_parts.choose(config, world)
+    padding_free = "padding_free" in fast.active
+    data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision), padding_free)
     _check_images(config, data)
     _make_writable(output_dir)
     if world.rank == 0:
@@ -111,9 +116,11 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         refuse_last_epoch(checkpoint, before, data.train_plan.rows, config.train.epochs)
     if world.rank == 0 and checkpoint is not None:
         set_later_aside(checkpoint, output_dir / "checkpoints")
-    model = _build(config, sources, world)
+    model = _build(config, sources, world, fast)
 
     module = FinetuneModule(model, config.optim, data.train_plan.steps, _epochs(config, data))
+    if "graphs" in fast.active:
+        module.use_graphs()
     meta = result_meta(config, sources)
     frozen = _keep_frozen(sources, model, output_dir, checkpoint, meta) if world.rank == 0 else None
 
@@ -129,7 +136,8 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         callbacks.append(NextEpoch(before, data.train_plan.rows, config.seed, world.rank))
     trainer = _trainer(config, world, loggers, data, callbacks)
     if world.rank == 0:
-        print(describe_run(config, model, data, world, checkpoint), flush=True)
+        print(describe_run(config, model, data, world, fast, checkpoint), flush=True)
+        fast.warn()
         write_settings(settings, output_dir / RUN_FILE)
     with interruption:
         _fit(trainer, module, data, checkpoint, output_dir)
@@ -143,7 +151,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     return output_dir
 
 
-def _build(config: Config, sources: Sources, world: World) -> Llama:
+def _build(config: Config, sources: Sources, world: World, fast: Fast) -> Llama:
     """The model of this rank, ready to train and known to be the other ranks' too."""
     share = (world.rank, world.size) if _is_sharded(config, world) else None
     model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
@@ -152,10 +160,21 @@ def _build(config: Config, sources: Sources, world: World) -> Llama:
         model.sharded.connect()
         model.sharded.verify()
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
-    model.model.checkpointing = config.train.checkpointing
     model.image_transform = deterministic(config.data.image_transform)
-    _compile(model, config, world)
+    fast_parts.apply(fast, model)
+    model.model.recomputed = _recomputed(config, model, world)
+    fast_parts.offload(fast, config.fast, model)
     return model
+
+
+def _recomputed(config: Config, model: Llama, world: World) -> int:
+    """How many blocks keep their input alone for backward: as told, or as few as the GPU's memory allows."""
+    blocks = len(model.model.layers)
+    if config.train.checkpointing is not None or world.device.type == "cpu":
+        return blocks if config.train.checkpointing else 0
+    free, _ = torch.cuda.mem_get_info(world.device)
+    available = free + torch.cuda.memory_allocated(world.device) - OVERHEAD
+    return recomputed_blocks_that_fit(model, largest_step(config, model), available)
 
 
 def _outcome(trainer: Trainer, module: FinetuneModule, data: DataModule) -> dict[str, Any]:
@@ -267,13 +286,6 @@ def _val_interval(config: Config, data: DataModule) -> int:
     micro, accum_iter = _micro_batches(config, data), config.train.accum_iter
     steps = max(1, int(micro // accum_iter * min(1.0, config.train.val_interval)))
     return micro if config.train.val_interval >= 1 else min(micro, steps * accum_iter)
-
-
-def _compile(model: Llama, config: Config, world: World) -> None:
-    wanted = config.train.compile if config.train.compile is not None else world.device.type == "cuda"
-    if wanted:
-        for block in model.model.layers:
-            block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
 def _trainer(

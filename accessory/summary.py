@@ -8,6 +8,8 @@ from typing import Optional
 
 from accessory.config import Config
 from accessory.data.datamodule import DataModule
+from accessory.estimate import Step, estimate_training
+from accessory.fast import Fast
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization import QuantLinear, block_linears
@@ -35,13 +37,21 @@ def image_part_line(model: QFormerLlama) -> str:
     )
 
 
-def describe_run(config: Config, model: Llama, data: DataModule, world: World, checkpoint: Optional[Path]) -> str:
+def largest_step(config: Config, model: Llama) -> Step:
+    """The micro-batch that takes the most memory: every row as long as may be."""
+    return Step(config.train.batch_size, config.data.max_words, fused=model.model.fused)
+
+
+def describe_run(
+    config: Config, model: Llama, data: DataModule, world: World, fast: Fast, checkpoint: Optional[Path]
+) -> str:
     weights, size = frozen_bytes(model)
     counts = count_trainables(model)
     trainable = sum(counts.values())
     linears = (module for module in model.modules() if isinstance(module, QuantLinear))
     total = sum(math.prod(linear.shape) for linear in linears) + sum(p.numel() for p in model.parameters())
     kinds = " + ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    recomputed = model.model.recomputed
     plan, train, optim = data.train_plan, config.train, config.optim
     steps = plan.steps * train.epochs
     steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
@@ -59,16 +69,20 @@ def describe_run(config: Config, model: Llama, data: DataModule, world: World, c
         ("batch", f"{split} = {plan.rows_per_step} {unit}, about {plan.lengths.sum() / plan.steps:,.0f} tokens a step"),
         ("steps", f"{steps:,} ({plan.steps:,} an epoch, {train.epochs} epochs), lr {optim.lr:g} -> {optim.min_lr:g}"),
         ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"),
+        ("fast", fast.line()),
         ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
     ]
+    if world.device.type == "cuda":
+        estimated = estimate_training(model, largest_step(config, model), recomputed)
+        rows.insert(-1, ("memory", f"up to about {estimated.line()}"))
     if isinstance(model, QFormerLlama):
         rows.insert(3, ("images", image_part_line(model)))
     if model.sharded is not None:
         held, passing = model.sharded.share_bytes, model.sharded.buffer_bytes
         shares = f"each holds {held / 2**20:,.0f} MiB of the frozen, and two blocks in turn, {passing / 2**20:,.0f} MiB"
         rows.insert(-1, ("", shares))
-    if train.checkpointing:
-        rows.insert(-1, ("", "activations recomputed in backward"))
+    if recomputed:
+        rows.insert(-1, ("", f"activations of {recomputed} of {len(model.model.layers)} blocks recomputed in backward"))
     if data.val_report is not None:
         after = next(i for i, (name, _) in enumerate(rows) if name == "data") + 2
         rows.insert(after, ("validation", data.val_report.line()))

@@ -30,6 +30,8 @@ from accessory.config import (
 )
 from accessory.data.sources import read_data_config
 from accessory.errors import OwnError, UserError
+from accessory.estimate.command import estimate_main
+from accessory.estimate.options import EstimateConfig
 from accessory.flags import FINETUNE_FLAGS, adopt_lora_settings, rewrite
 from accessory.schema import to_typed
 from accessory.shipped import CONFIG_DIR
@@ -481,6 +483,7 @@ def test_finetune_yaml_says_the_same_defaults_as_the_dataclasses():
 @pytest.mark.parametrize(
     ("name", "schema", "overrides"),
     [
+        ("estimate", EstimateConfig, ["size=7b", "fast=on", "train.checkpointing=true"]),
         ("evaluate", EvaluateConfig, ["model.pretrained_path=[base]", "text=t.txt"]),
         ("export", ExportConfig, ["model.pretrained_path=[base]", "output_dir=out"]),
     ],
@@ -509,7 +512,7 @@ def test_shipped_data_yaml_reads_the_file_it_names(file, tmp_path, monkeypatch):
 
 
 def test_every_shipped_yaml_is_covered_here():
-    main = [CONFIG_DIR / f"{name}.yaml" for name in ("finetune", "evaluate", "export", "quantize")]
+    main = [CONFIG_DIR / f"{name}.yaml" for name in ("finetune", "estimate", "evaluate", "export", "quantize")]
     options = [CONFIG_DIR / f"{option}.yaml" for option in GROUPS]
     assert sorted(CONFIG_DIR.rglob("*.yaml")) == sorted([*main, *options, *DATA_YAMLS])
 
@@ -544,6 +547,14 @@ def test_published_command_composes(script, tmp_path):
     )
     assert config.quantization.method is QuantMethod.nf4
     assert config.optim.lr == 0.5
+
+
+def test_training_command_is_a_command_of_the_estimator(monkeypatch, capsys):
+    words = ["--model", "tiny", "--quant", "--only_save_trainable", "--checkpointing", "fast=off", "train.max_steps=2"]
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--output_dir", "out", "--cfg", "job"])
+    estimate_main()
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["fast"]["enabled"], shown["train"]["checkpointing"], shown["output_dir"]) == (False, True, "out")
 
 
 def test_unknown_flag_is_refused_before_hydra_sees_it():

@@ -5,14 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import image_part_weights, write_data
-from test_finetune import tiny_config, trainables
+from test_finetune import short_data, tiny_config, trainables
 from test_multimodal import picture_items
 
 import accessory
+from accessory.callbacks import read_series
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.finetune import finetune
+from accessory.fused import pointwise
+from accessory.fused.graph import GraphedLoss
+from accessory.fused.model import fuse_blocks
 from accessory.models import build_model, config_from_params
+from accessory.module import batch_loss
 from accessory.quantization import quantize
+from accessory.quantization.int4 import Int4
 from accessory.quantization.linear import QuantLinear
 from accessory.quantization.nf4 import NF4
 from accessory.tuning.recipe import add_trainables, mark_trainable
@@ -70,6 +76,100 @@ def test_compiled_blocks_are_as_near_to_fp32_gradients_as_eager_ones(lora):
     for name, reference in exact.items():
         # A key's bias hardly moves the softmax: its gradient is mostly rounding, so errors are weighed against all.
         assert (compiled[name] - reference).norm() < 2 * (eager[name] - reference).norm() + 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("fast", ["rows", "packed", "graph"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_fused_blocks_are_as_near_to_fp32_gradients_as_plain_ones(lora, fast):
+    recipe = RecipeConfig(lora=lora)
+    bounds = torch.tensor([0, 11, 64, 100, 128, 128], dtype=torch.int32, device="cuda")
+    input_ids = torch.randint(1000, (2, 64), device="cuda")
+    batch = {"input_ids": input_ids, "targets": input_ids.roll(-1, 1), "position_ids": torch.arange(64, device="cuda")}
+    batch["position_ids"] = batch["position_ids"].expand(2, 64).contiguous()
+    batch["targets"][:, :9] = -100
+    if fast != "rows":
+        batch["bounds"] = bounds
+
+    def run(model):
+        model.zero_grad()
+        batch_loss(model, batch).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    exact, plain = run(small_model(recipe, torch.float32)), run(small_model(recipe))
+    model = small_model(recipe)
+    fuse_blocks(model)
+    trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for recomputed in (0, 3):
+        model.model.recomputed = recomputed
+        if fast == "graph":
+            graphed = GraphedLoss(lambda b: batch_loss(model, b, fixed_shape=True), list(trainables.values()))
+            graphed.attach()
+            losses = []
+            for _ in range(3):  # as ever, captured, replayed
+                graphed.zero()
+                losses.append(graphed(batch).item())
+            assert losses[0] == pytest.approx(losses[2], rel=1e-3) and len(graphed._captured) == 1
+            fused = {name: p.grad.clone() for name, p in trainables.items()}
+        else:
+            fused = run(model)
+        scale = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+        for name, reference in exact.items():
+            limit = 1.5 * (plain[name] - reference).norm() + 2e-3 * scale
+            assert (fused[name] - reference).norm() < limit, name
+
+
+@pytest.mark.parametrize(
+    "backend", [NF4(), NF4(double_quant=False), Int4(4, 64), Int4(4, 128, True), Int4(8, -1, True)]
+)
+def test_lora_folded_into_the_weight_is_summed_before_rounding(backend):
+    weight = 0.02 * torch.randn(300, 512, device="cuda")
+    payload = backend.quantize(weight)
+    b, a = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((300, 16), (16, 512)))
+    b *= 1e-4  # far below the spacing of bf16 numbers of the weights' size
+    folded = torch.empty(300, 512, dtype=torch.bfloat16, device="cuda")
+    backend.dequantize_into(payload, folded, (b, a))
+    exact = backend.dequantize(payload, (300, 512), torch.float32).double() + b.double() @ a.double()
+    assert (folded.double() - exact).norm() / exact.norm() < 2e-3
+    moved = folded.double() - backend.dequantize(payload, (300, 512), torch.float32).double()
+    update = b.double() @ a.double()
+    share = ((moved * update).sum() / update.square().sum()).item()
+    assert share == pytest.approx(1, abs=0.1)  # none of it is lost on average
+
+
+def test_pointwise_kernels_are_the_plain_functions():
+    torch.manual_seed(0)
+    angles = torch.rand(40, 32)
+    cos, sin = (f(angles).repeat(1, 2) for f in (torch.cos, torch.sin))
+    qkv, gate_up, dh = torch.randn(40, 8, 64), torch.randn(40, 2 * 300), torch.randn(40, 300)
+    heads = [torch.randn(5, h, 8, 64) for h in (4, 2, 2)]
+    x, dy, residual, weight = torch.randn(40, 96), torch.randn(40, 96), torch.randn(40, 96), torch.randn(96)
+    calls = [
+        (pointwise.norm, (x, weight, 1e-5)),
+        (pointwise.add_norm, (x, residual, weight, 1e-5)),
+        (pointwise.norm_again, (x, torch.rand(40, 1), weight)),
+        (pointwise.norm_backward, (dy, x, torch.rand(40, 1), weight, residual)),
+        (pointwise.rotate_, (qkv, cos, sin, 6)),
+        (pointwise.rotate_back_, (torch.empty(40, 8, 64), *heads, cos, sin)),
+        (pointwise.swiglu, (gate_up,)),
+        (pointwise.swiglu_backward_, (gate_up, dh)),
+    ]
+    for function, arguments in calls:
+        on_gpu = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]
+        torch.testing.assert_close(function(*on_gpu), function(*arguments), check_device=False, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_the_fast_path_learns_what_the_plain_one_does(accum_iter, meta_folder, tmp_path):
+    """Whole runs, with checkpoints and validation; padded rows against shared ones, modules against graphs."""
+    curves, data_yaml = [], short_data(tmp_path / "data")
+    for fast in (False, True):
+        changes = {"train.precision": "bf16", "quantization.method": "nf4", "recipe.lora": True, "fast.enabled": fast}
+        changes |= {"train.batch_size": 2, "train.accum_iter": accum_iter, "train.epochs": 4, "data.val_fraction": 0.2}
+        finetune(tiny_config(meta_folder, data_yaml, tmp_path / str(fast), **changes))
+        curves.append([torch.tensor(read_series(tmp_path / str(fast), name)[1]) for name in ("loss", "val_loss")])
+    for plain, fast in zip(*curves, strict=True):
+        assert len(plain) == len(fast) > 2
+        torch.testing.assert_close(fast, plain, rtol=0.01, atol=0.01)
 
 
 def test_compiled_blocks_do_not_keep_dequantized_weights_for_backward():

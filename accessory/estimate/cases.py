@@ -1,0 +1,130 @@
+"""One model's estimates under changing settings: as asked, and what would save memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+
+from accessory.config import DataParallel, QuantMethod
+from accessory.errors import UserError
+from accessory.estimate.description import build, describe_model
+from accessory.estimate.generation import estimate_generation
+from accessory.estimate.options import EstimateConfig
+from accessory.estimate.parts import Estimate
+from accessory.estimate.training import Step, estimate_training, recomputed_blocks_that_fit
+from accessory.fast import Fast, choose
+from accessory.models.llama import Llama
+from accessory.strategies import DTYPES, World
+
+
+@dataclass(frozen=True)
+class Case:
+    """What can be changed to save memory."""
+
+    method: QuantMethod
+    lora: bool
+    rows: int
+    width: int
+    shards: int
+    recomputed: int
+
+
+class Estimator:
+    """Estimates of one model under changing settings. available: bytes that tensors can take on a GPU, if it is known
+    which; train.checkpointing unset then means the fewest recomputed blocks that fit."""
+
+    def __init__(self, config: EstimateConfig, available: Optional[int]):
+        self.config, self.described = config, describe_model(config)
+        self.dtype = DTYPES[config.train.precision]
+        self.blocks = self.described.architecture.num_hidden_layers
+        sharded = config.strategy.data_parallel is DataParallel.fsdp
+        recomputed = self.blocks if config.train.checkpointing else 0
+        sizes = config.train.batch_size, config.data.max_words, config.ranks if sharded else 1
+        self.asked = Case(config.quantization.method, config.recipe.lora, *sizes, recomputed)
+        self._models: dict[tuple[QuantMethod, bool], Llama] = {}
+        self._check_width()
+        if config.train.checkpointing is None and available is not None:
+            self.asked = replace(self.asked, recomputed=self._as_few_as_fit(self.asked, available))
+
+    def _check_width(self) -> None:
+        """Positions that images need."""
+        model = self.model(self.asked)
+        if model.image_words >= self.asked.width:
+            raise UserError(
+                f"--max_words {self.asked.width}: an image alone takes {model.image_words} positions; give more"
+            )
+
+    def model(self, case: Case) -> Llama:
+        key = case.method, case.lora
+        if key not in self._models:
+            quantization = replace(self.config.quantization, method=case.method)
+            recipe = replace(self.config.recipe, lora=case.lora)
+            self._models[key] = build(self.described, quantization, recipe, self.dtype)
+        return self._models[key]
+
+    def step(self, case: Case) -> Step:
+        """Every row as long as may be: what shares rows (data.packing, fast.padding_free) fills no more than these."""
+        active = self.fast(case).active
+        fused, captured = "blocks" in active, "graphs" in active
+        return Step(case.rows, case.width, self._images(case), case.shards, self.dtype, fused, captured)
+
+    def fast(self, case: Case) -> Fast:
+        """What a run on GPUs would choose."""
+        ranks = max(self.config.ranks, case.shards)
+        return choose(self.config, World(0, 0, ranks, ranks, torch.device("cuda")))
+
+    def _images(self, case: Case) -> int:
+        """Of a micro-batch: one a row, but as many as there is room for where rows are packed."""
+        if self.described.vision is None:
+            return 0
+        room = self.model(case).image_words + 1
+        return case.rows * (case.width // room if self.config.data.packing else 1)
+
+    def train(self, case: Case) -> Estimate:
+        return estimate_training(self.model(case), self.step(case), case.recomputed)
+
+    def fewest(self, case: Case, available: int) -> Optional[int]:
+        """Blocks to recompute so that it fits; None where nothing does."""
+        found = self._as_few_as_fit(case, available)
+        return found if self.train(replace(case, recomputed=found)).peak <= available else None
+
+    def _as_few_as_fit(self, case: Case, available: int) -> int:
+        return recomputed_blocks_that_fit(self.model(case), self.step(case), available)
+
+    def generate(self) -> Estimate:
+        c, model = self.config, self.model(self.asked)
+        images = c.prompts if self.described.vision is not None else 0
+        return estimate_generation(model, c.prompts, c.prompt, c.new_tokens, self.dtype, images)
+
+    def suggestions(self, available: int) -> Iterator[tuple[str, int]]:
+        """(what to change, the peak that it gives), each for itself; all together at the end."""
+        asked, train = self.asked, self.config.train
+        together = replace(asked, recomputed=self.blocks)
+        if asked.recomputed < self.blocks:
+            some = replace(asked, recomputed=self._as_few_as_fit(asked, available))
+            what = f"train.checkpointing=null: recompute {some.recomputed} of {self.blocks} blocks"
+            yield what, self.train(some).peak
+        for name, smallest in (("rows", 1), ("width", 128)):
+            smaller = self._halved(asked, name, smallest, available)
+            if smaller != asked:
+                divided = f" --accum_iter {train.accum_iter * asked.rows // smaller.rows}"
+                flag = f"--batch_size {smaller.rows}{divided}" if name == "rows" else f"--max_words {smaller.width}"
+                yield flag, self.train(smaller).peak
+                together = replace(together, **{name: getattr(smaller, name)}) if name == "rows" else together
+        if asked.method in (QuantMethod.none, QuantMethod.int8) and not self.described.stored:
+            together = replace(together, method=QuantMethod.nf4)
+            yield "--quant: the base in NF4", self.train(replace(asked, method=QuantMethod.nf4)).peak
+        if asked.lora and self.config.recipe.norm and self.config.recipe.bias:
+            together = replace(together, lora=False)
+            yield "recipe=norm_bias: no LoRA", self.train(replace(asked, lora=False)).peak
+        yield "all of these but shorter rows", self.train(together).peak
+        for shards in (n for n in (2, 4, 8) if n > asked.shards):
+            yield f"--data_parallel fsdp on {shards} GPUs", self.train(replace(asked, shards=shards)).peak
+
+    def _halved(self, case: Case, name: str, smallest: int, available: int) -> Case:
+        while getattr(case, name) // 2 >= smallest and self.train(case).peak > available:
+            case = replace(case, **{name: getattr(case, name) // 2})
+        return case

@@ -1,0 +1,75 @@
+"""accessory-estimate: a training command's words, answered by the memory that it would take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from accessory.cli import launch, run_command
+from accessory.errors import UserError
+from accessory.estimate.cases import Estimator
+from accessory.estimate.options import ESTIMATE_FLAGS, EstimateConfig
+from accessory.estimate.parts import GIB, OVERHEAD
+from accessory.estimate.report import chosen, sizes_table, table, title, verdict
+from accessory.schema import to_typed
+
+
+def estimate(config: EstimateConfig) -> dict[str, Any]:
+    """The estimate as the config asks for it; printed, and returned as plain numbers."""
+    output = output_file(config.json) if config.json is not None else None
+    memory = gpu_memory(config)
+    estimator = Estimator(config, None if memory is None else memory - OVERHEAD)
+    asked = estimator.asked
+    names = {0: "recompute none", estimator.blocks: "recompute all"}
+    columns = {number: names.get(number, f"{number} of them") for number in sorted({0, asked.recomputed, *names})}
+    columns[asked.recomputed] += " *"
+    trainings = {name: estimator.train(replace(asked, recomputed=number)) for number, name in columns.items()}
+    generation = estimator.generate()
+    print(title(estimator), "", table(trainings, generation), f"  * {chosen(estimator, memory)}", "", sep="\n")
+    figures: dict[str, Any] = {
+        "model": estimator.described.name,
+        "train": {str(n): vars(trainings[name]) for n, name in columns.items()},
+        "recomputed_blocks": asked.recomputed,
+        "generate": vars(generation),
+    }
+    if memory is None:
+        print(sizes_table(estimator, generation.peak))
+    else:
+        words, suggestions = verdict(estimator, memory)
+        print(words)
+        fits = estimator.train(asked).peak <= memory - OVERHEAD
+        figures |= {"gpu_memory": memory, "overhead": OVERHEAD, "fits": fits, "suggestions": dict(suggestions)}
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def gpu_memory(config: EstimateConfig) -> Optional[int]:
+    if config.gpu_memory is not None:
+        return int(config.gpu_memory * GIB)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def output_file(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.parent.is_dir() or file.is_dir():
+        raise UserError(f"--json {path}: name a file in a folder that exists")
+    return file
+
+
+def _job(node: DictConfig) -> None:
+    run_command(lambda: estimate(to_typed(node, EstimateConfig)))
+
+
+def estimate_main() -> None:
+    """accessory-estimate, scripts/estimate.py."""
+    launch("estimate", ESTIMATE_FLAGS, EstimateConfig, _job)
+
+
+ConfigStore.instance().store("estimate_schema", node=EstimateConfig)

@@ -1,0 +1,160 @@
+"""A training step: what the blocks keep for backward, and what passes while they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from accessory.estimate.counting import copies_bytes, held_bytes
+from accessory.estimate.images import image_part
+from accessory.estimate.parts import CUBLAS_WORKSPACE, Estimate
+from accessory.estimate.shapes import GROUPS, Shape, head_scratch
+from accessory.models.llama import Llama
+from accessory.models.loss import CHUNK
+
+
+@dataclass(frozen=True)
+class Step:
+    """What of a run decides about a training step's memory.
+
+    rows, width: of a micro-batch, image positions included. images: in it; None: one a row, where the model takes any.
+    shards: ranks over which fsdp spreads the payload (a model that is spread already knows them). dtype: compute type
+    of a model on the meta device. fused: accessory.fused's blocks; otherwise what autograd keeps of models/llama.py
+    without torch.compile, an upper figure. captured: the fused path as one CUDA graph.
+    """
+
+    rows: int
+    width: int
+    images: Optional[int] = None
+    shards: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    fused: bool = True
+    captured: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.width
+
+
+def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estimate:
+    """Memory of a training step. model: quantized and marked as it will train, with weights or without (meta device);
+    recomputed_blocks: so many blocks, the first ones, keep only their input."""
+    shape = Shape.of(model, step.dtype)
+    assert 0 <= recomputed_blocks <= shape.blocks
+    fused = step.fused and not shape.drops  # accessory.fused.model.why_not_fused
+    block = _fused(shape, step.tokens) if fused else _plain(shape, step.tokens)
+    base, trainables = held_bytes(model, step.dtype, step.shards)
+    image_kept, image_passing = image_part(model, step.rows if step.images is None else step.images, shape.itemsize)
+    rotary_table = shape.itemsize * step.tokens * 2 * shape.e
+    recomputed = recomputed_blocks * shape.itemsize * step.tokens * shape.d
+    activations = image_kept + rotary_table + recomputed + (shape.blocks - recomputed_blocks) * block.kept
+    # The first blocks are recomputed, and their backward comes last, when what the others kept is free again. So making
+    # a block's results again takes nothing that was not there, unless all blocks do it.
+    last, first = (block.again if recomputed_blocks >= n else block.passing for n in (shape.blocks, 1))
+    # A CUDA graph adds its gradients to the step's: in the end, with the first block's backward, both are there.
+    end = first + trainables + (block.kept if recomputed_blocks == 0 else 0) if fused and step.captured else 0
+    parts = {
+        "base": base,
+        "trainables": trainables + (copies_bytes(model, shape.itemsize) if fused else 0),
+        "gradients": trainables,
+        "optimizer": 2 * trainables,
+        "workspace": CUBLAS_WORKSPACE if fused else 0,
+        "images": image_passing,
+        "activations": activations,
+        "loss": _loss(model, shape, step.tokens, fused, fused and step.captured),
+        "backward": max(last, end - activations),
+    }
+    return Estimate(parts, _peak(parts))
+
+
+def recomputed_blocks_that_fit(model: Llama, step: Step, available_bytes: int) -> int:
+    """Fewest blocks to recompute so that a step's peak is at most available_bytes (tensors alone: what the GPU has,
+    less OVERHEAD and what others hold). All of them where nothing fits: compare estimate_training's peak then."""
+    blocks = model.config.num_hidden_layers
+    none, one = (estimate_training(model, step, n) for n in (0, min(1, blocks)))
+    saved = none.parts["activations"] - one.parts["activations"]
+    rest = none.peak - available_bytes
+    if rest <= 0:
+        return 0
+    guess = max(0, min(blocks, -(-rest // max(saved, 1))) - 1)
+    fitting = (n for n in range(guess, blocks) if estimate_training(model, step, n).peak <= available_bytes)
+    return next(fitting, blocks)
+
+
+def _peak(parts: dict[str, int]) -> int:
+    held = sum(parts[name] for name in ("base", "trainables", "gradients", "optimizer", "workspace"))
+    return held + max(parts["images"], parts["activations"] + max(parts["loss"], parts["backward"]))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes: kept for backward; passing, needed by its backward besides; again, by that of a block that keeps its input
+    alone."""
+
+    kept: int
+    passing: int
+    again: int
+
+
+def _fused(s: Shape, m: int) -> Block:
+    """accessory.fused.block: what `_Function` saves, and the steps of `FusedBlock.backward`, which come one after the
+    other. Counted in numbers of the compute type a token, fp32 ones as 4 / itemsize of them."""
+    wide = 4 / s.itemsize
+    qkv, gate_up = s.q + 2 * s.kv, 2 * s.f
+    t = {group: sum(s.lora.get(name, 0) for name in names) for group, names in GROUPS.items()}
+    kept = s.d + qkv + s.d + gate_up + 2 * wide + sum(t.values())
+
+    def steps(again: int) -> int:
+        """again: 1 where the block's results are made anew, and go with their last use; 0 where they are kept, and are
+        counted among the activations."""
+        dy = d_middle = normed = s.d
+        made = again * (qkv + s.d + s.q + gate_up)  # besides x: q, k, v; attention's output; its residual; gate, up
+        attended = s.q + again * qkv
+        flash = s.q * wide + (2 * s.q if s.kv < s.q else 0)  # dq in fp32; grouped heads' dk and dv before their sum
+        passing = (
+            (again * (made + dy + 2 * s.d), "gate_up"),  # forward: normed, and attention's output behind o_proj
+            (made + dy + s.f, "down"),  # h (LoRA's), then dh, in whose place the gradient of gate and up is written
+            (made + dy + normed, "gate_up"),
+            (attended + dy + d_middle + s.q, "out"),
+            (attended + dy + d_middle + s.q + qkv + flash, None),  # attention's backward
+            (attended + dy + d_middle + 2 * qkv, None),  # that of the rotary embedding
+            (again * qkv + dy + d_middle + qkv + normed, "qkv"),
+        )
+        return max(
+            int(m * s.itemsize * numbers) + (s.scratch(*GROUPS[group]) if group else 0) for numbers, group in passing
+        )
+
+    return Block(int(m * s.itemsize * kept), steps(0), steps(1))
+
+
+def _plain(s: Shape, m: int) -> Block:
+    """models/llama.py under autograd, operation by operation, without torch.compile (which keeps less)."""
+    wide, ranks = 4 / s.itemsize, sum(s.lora.values())
+    norm = s.d * wide + wide + (s.d if s.norm_trains else 0)  # x in fp32, 1 / rms, and what the weight is multiplied by
+    attention = 4 * s.q + s.heads * wide  # q, k and v for every head, the output, and its logsumexp
+    mlp = 3 * s.f  # gate, silu(gate), up
+    inputs = {"qkv": s.d, "out": 0, "gate_up": s.d, "down": s.f}  # of LoRA; that of o_proj is kept already
+    for group, names in GROUPS.items():
+        if s.drops:  # each target has its own input, and the mask of it in bytes
+            mlp += sum(s.linears[n][1] * (1 + 1 / s.itemsize) for n in names if n in s.lora)
+        elif any(name in s.lora for name in names):
+            mlp += inputs[group]
+    in_16_bit = s.itemsize * sum(rank * sum(s.linears[name][:2]) for name, rank in s.lora.items())
+    matrices = in_16_bit if s.itemsize < 4 else 0
+    kept = int(m * s.itemsize * (2 * norm + attention + mlp + ranks)) + matrices
+    passing = max(2 * s.d + 4 * s.f, 3 * s.d * wide + 2 * s.d, 2 * s.d + 6 * s.q + s.q * wide)
+    backward = int(m * s.itemsize * passing) + max(s.scratch(name) for name in s.linears)
+    return Block(kept, backward, backward + kept)
+
+
+def _loss(model: Llama, s: Shape, m: int, fused: bool, fixed_shape: bool) -> int:
+    """models/loss.py: what the final norm keeps (its input; autograd's in fp32, and normed), hidden states, without
+    fixed_shape those that count once more, and their gradient; of a chunk the logits in fp32 and their logarithms; and
+    those of the chunk before, which Python holds until then."""
+    norm = s.itemsize if fused else 4 + s.itemsize
+    hidden = m * s.d * (norm + (2 if fixed_shape else 3) * s.itemsize)
+    first, later = min(CHUNK, m), min(CHUNK, max(m - CHUNK, 0))
+    logits = 4 * s.vocab * max(2 * first, first + 2 * later)
+    return hidden + logits + head_scratch(model, s)

@@ -1,0 +1,100 @@
+"""What makes a step fast, part by part: what is wanted (`fast.*` of the configuration), what this run allows, and why
+not, where it does not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from accessory.config import Config, DataParallel, FastConfig, Precision
+from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
+from accessory.models.llama import Llama
+from accessory.strategies import World
+
+log = logging.getLogger(__name__)
+NAMES = {
+    "blocks": "fused blocks",
+    "compile": "compiled blocks",
+    "graphs": "CUDA graphs",
+    "padding_free": "padding-free",
+}
+
+
+@dataclass
+class Fast:
+    """Which parts are active; why_not: for each that is wanted and is not."""
+
+    active: set[str] = field(default_factory=set)
+    why_not: dict[str, str] = field(default_factory=dict)
+
+    def take(self, part: str, wanted: bool, obstacle: str | None) -> None:
+        if wanted and obstacle is None:
+            self.active.add(part)
+        elif wanted:
+            self.why_not[part] = obstacle
+
+    def line(self) -> str:
+        """For the summary."""
+        return ", ".join(name for part, name in NAMES.items() if part in self.active) or "nothing: fast=off"
+
+    def warn(self) -> None:
+        """Once, before training: what this run does without."""
+        for part, reason in self.why_not.items():
+            log.warning("fast.%s: not used, as %s", part, reason)
+
+
+def choose(config: Config, world: World) -> Fast:
+    """All that can be known without a model."""
+    wants, fast = _wanted(config.fast, world.device), Fast()
+    is_cpu = world.device.type == "cpu"
+    needs_gpu = "it needs a CUDA GPU" if is_cpu else None
+    has_dropout = "recipe.dropout is above 0, which a fused block does not know" if config.recipe.dropout > 0 else None
+    fast.take("padding_free", wants["padding_free"] and not config.data.packing, None)
+    fast.take("blocks", wants["blocks"], has_dropout)
+    fast.take("compile", wants["compile"] and "blocks" not in fast.active, None)
+    fast.take("graphs", wants["graphs"], needs_gpu or _against_graphs(config, world, fast))
+    return fast
+
+
+def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
+    default = config.enabled if config.enabled is not None else device.type == "cuda"
+    return {part: default if getattr(config, part) is None else getattr(config, part) for part in NAMES}
+
+
+def offload(fast: Fast, config: FastConfig, model: Llama) -> None:
+    """Once it is known how many blocks are recomputed: where all are, memory is what counts."""
+    recomputed, is_default = model.model.recomputed, config.offload is None
+    wanted = model.device.type == "cuda" and recomputed == len(model.model.layers) if is_default else config.offload
+    if "blocks" not in fast.active:
+        fast.take("offload", wanted and not is_default, "only fused blocks (fast.blocks) can")
+    elif wanted and recomputed:
+        fast.take("offload", True, None)
+        keep_on_host(model)
+
+
+def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
+    if world.size > 1:
+        sharded = config.strategy.data_parallel is DataParallel.fsdp
+        return "ranks " + ("gather blocks" if sharded else "sum gradients") + " while a step runs"
+    if config.train.precision is Precision.fp16:
+        return "precision fp16 scales each step's loss as it finds right"
+    if config.recipe.dropout > 0:
+        return "recipe.dropout is above 0"
+    if not (config.data.packing or "padding_free" in fast.active):
+        return "batches that are padded to their longest item have many shapes (fast.padding_free or data.packing)"
+    return None
+
+
+def apply(fast: Fast, model: Llama) -> None:
+    """Put the parts that are in the model in place; called last, when all else is."""
+    if "blocks" in fast.active and (obstacle := why_not_fused(model)) is not None:
+        fast.active.discard("blocks")
+        fast.why_not["blocks"] = obstacle
+        fast.take("compile", model.device.type == "cuda", None)
+    if "blocks" in fast.active:
+        fuse_blocks(model)
+    elif "compile" in fast.active:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph

@@ -1,0 +1,106 @@
+"""Which parts of the fast path a run uses, and that a run with them is the run without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_finetune import logged, short_data, tiny_config, trainables
+
+import accessory
+from accessory.config import Config, DataParallel, FastConfig, Precision
+from accessory.fast import Fast, apply, choose, offload
+from accessory.finetune import finetune
+from accessory.strategies import World
+
+
+def config(**parts) -> Config:
+    from omegaconf import OmegaConf
+
+    from accessory.schema import to_typed
+
+    node = OmegaConf.structured(Config)
+    settings = {"model.pretrained_path": ["base"], "data.data_config": "data.yaml", "only_save_trainable": True}
+    for key, value in {**settings, **parts}.items():
+        OmegaConf.update(node, key, value)
+    return to_typed(node)
+
+
+def world(device: str, size: int = 1) -> World:
+    return World(rank=0, local_rank=0, size=size, local_size=size, device=torch.device(device))
+
+
+def test_a_gpu_uses_all_parts_and_a_cpu_none_unless_told():
+    assert choose(config(), world("cuda")).active == {"blocks", "graphs", "padding_free"}
+    assert choose(config(), world("cpu")).active == set()
+    assert choose(config(**{"fast.enabled": False}), world("cuda")).active == set()
+    assert choose(config(**{"fast.enabled": True}), world("cpu")).active == {"blocks", "padding_free"}
+
+
+def test_each_part_can_be_set_apart():
+    without = {"fast.blocks": False, "fast.padding_free": False, "data.packing": True}
+    assert choose(config(**without), world("cuda")).active == {"compile", "graphs"}
+    assert choose(config(**{"fast.enabled": False, "fast.padding_free": True}), world("cuda")).active == {
+        "padding_free"
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "part", "reason"),
+    [
+        ({"fast.padding_free": False}, 1, "graphs", "many shapes"),
+        ({"train.precision": Precision.fp16}, 1, "graphs", "fp16"),
+        ({}, 2, "graphs", "sum gradients"),
+        ({"strategy.data_parallel": DataParallel.fsdp}, 2, "graphs", "gather blocks"),
+        ({"recipe.lora": True, "recipe.dropout": 0.1}, 1, "blocks", "recipe.dropout"),
+    ],
+)
+def test_a_part_that_cannot_be_used_says_why(settings, ranks, part, reason, caplog):
+    fast = choose(config(**settings), world("cuda", ranks))
+    assert part not in fast.active
+    assert reason in fast.why_not[part]
+    fast.warn()
+    assert [record.message for record in caplog.records if f"fast.{part}" in record.message]
+
+
+def test_a_cpu_that_is_asked_for_graphs_warns_and_trains_without(caplog):
+    fast = choose(config(**{"fast.graphs": True}), world("cpu"))
+    fast.warn()
+    assert fast.active == set()
+    assert [record.message for record in caplog.records] == ["fast.graphs: not used, as it needs a CUDA GPU"]
+
+
+def test_the_summary_names_the_parts():
+    assert Fast({"graphs", "blocks"}).line() == "fused blocks, CUDA graphs"
+    assert Fast().line() == "nothing: fast=off"
+
+
+@pytest.mark.parametrize(
+    ("told", "recomputed", "active"),
+    [(None, 2, False), (True, 2, True), (True, 0, False), (False, 2, False)],
+)
+def test_inputs_go_to_host_memory_where_blocks_are_recomputed_and_it_is_wanted(told, recomputed, active, meta_folder):
+    model = accessory.load_model([meta_folder], quantization="nf4")
+    fast = Fast({"blocks"})
+    apply(fast, model)
+    model.model.recomputed = recomputed
+    offload(fast, FastConfig(offload=told), model)
+    assert ("offload" in fast.active) == active
+    assert (model.model.layers[0].forward.host is not None) == active
+
+
+@pytest.mark.parametrize(("batch_size", "accum_iter"), [(4, 1), (2, 2)])
+def test_a_run_with_fused_blocks_and_shared_rows_has_the_losses_and_trainables_of_one_without(
+    batch_size, accum_iter, meta_folder, tmp_path
+):
+    data = short_data(tmp_path / "data")
+    sizes = {"train.batch_size": batch_size, "train.accum_iter": accum_iter}
+    changes = {"quantization.method": "nf4", "recipe.lora": True, "data.val_fraction": 0.2, **sizes}
+    plain = finetune(tiny_config(meta_folder, data, tmp_path / "plain", **changes))
+    fast = finetune(tiny_config(meta_folder, data, tmp_path / "fast", **changes, **{"fast.enabled": True}))
+    for name in ("loss", "val_loss"):
+        losses = logged(plain, name)
+        assert len(losses) > 0
+        assert logged(fast, name) == pytest.approx(losses, rel=1e-5)
+    tuned = trainables(plain)
+    for name, tensor in trainables(fast).items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-3, atol=1e-5)
