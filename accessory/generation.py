@@ -1,7 +1,12 @@
-"""Answers: greedy or nucleus sampling with a KV cache, batched prompts padded on the left, streaming."""
+"""Answers: greedy or nucleus sampling with a KV cache, batched prompts padded on the left, streaming.
+
+Prompts run through the model's own forward pass, and so do the tokens of an answer, one by one; on a GPU those are
+`accessory.decoding`'s.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional, Union
@@ -12,26 +17,9 @@ from torch import Tensor
 
 from accessory.data.images import ImageProblem, load_pixels
 from accessory.data.packing import IMAGE_SLOT, insert_image
+from accessory.decoding import KVCache, borrowed
 from accessory.errors import UserError
 from accessory.models.llama import NO_IMAGES, Llama
-
-
-class KVCache:
-    """Keys and values of all layers, [b, k, capacity, e] each, written in place."""
-
-    def __init__(self, model: Llama, batch: int, capacity: int):
-        config = model.config
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=model.device, dtype=model.dtype)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0  # positions filled before the current forward pass
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append key and value [b, k, s, e]; returns all so far, [b, k, length + s, e]."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator] = None) -> Tensor:
@@ -47,7 +35,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional
     beyond = ordered.cumsum(-1) - ordered >= top_p  # not the token that crosses top_p
     beyond[:, 0] = False  # and never the likeliest
     ordered[beyond] = 0
-    drawn = torch.multinomial(ordered, 1, generator=generator)  # normalises by itself
+    # torch.multinomial's own way, less its check of the probabilities, for which the host would wait on a GPU.
+    drawn = (ordered / torch.empty_like(ordered).exponential_(generator=generator)).argmax(-1, keepdim=True)
     return index.gather(-1, drawn).squeeze(-1)
 
 
@@ -60,34 +49,76 @@ def generate_ids(
     top_p: float,
     stop: set[int],
     pixels: Optional[Tensor] = None,
+    graphs: bool = True,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every prompt, int64 [b], until each has met a token of `stop` (yielded too) or
-    max_new_tokens are out; after its stop token a prompt yields stop tokens.
+    """Yields the next token of every prompt, int64 [b] on the CPU, until each has met a token of `stop` (yielded too)
+    or max_new_tokens are out; after its stop token a prompt yields stop tokens.
 
-    pixels: float [n, 3, p, p], the images for which the prompts hold slots, in order.
+    pixels: float [n, 3, p, p], the images for which the prompts hold slots, in order. graphs: on a GPU, decode with a
+    captured graph (`accessory.decoding`) rather than with the model's own forward pass.
     """
     batch, longest = len(prompts), max(map(len, prompts))
-    pad = torch.tensor([longest - len(ids) for ids in prompts], device=model.device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
-    cache = KVCache(model, batch, longest + max_new_tokens)
-    places = torch.arange(longest + max_new_tokens, device=model.device)
+    pads = [longest - len(ids) for ids in prompts]
+    pad = torch.tensor(pads, device=model.device) if any(pads) else None
+    ids = torch.tensor([[0] * n + ids for n, ids in zip(pads, prompts, strict=True)], device=model.device)
     done = torch.zeros(batch, dtype=torch.bool, device=model.device)
     stops = torch.tensor(sorted(stop), device=model.device)
-    step = ids
-    for _ in range(max_new_tokens):
-        start, end = cache.length, cache.length + step.shape[1]
-        position_ids = (places[start:end] - pad[:, None]).clamp(min=0)
-        # Without padding, causal attention needs no mask, and the fast kernels take none.
-        mask = _mask(places[start:end], places[:end], pad) if pad.any() else None
-        hidden = model.model(model.embed(step, pixels), position_ids, mask, cache)
-        cache.length = end
-        token = sample(model.lm_head(hidden[:, -1]).float(), temperature, top_p)
-        token = torch.where(done, stops[0], token)
-        yield token
-        done |= torch.isin(token, stops)
-        if done.all():
-            return
-        step, pixels = token[:, None], None
+    capacity = longest + max_new_tokens
+    with borrowed(model, batch, capacity) if graphs else contextlib.nullcontext() as decoder:
+        cache = KVCache(model, batch, capacity) if decoder is None else decoder.cache
+        cache.length = 0
+        logits = _logits(model, cache, ids, pad, pixels)
+        if decoder is not None:
+            decoder.start(model, done.long() if pad is None else pad)
+        for left in range(max_new_tokens - 1, -1, -1):
+            token = torch.where(done, stops[0], sample(logits, temperature, top_p))
+            done = done | torch.isin(token, stops)
+            seen = _Seen(token, done)
+            if decoder is not None and left:  # runs while the host waits for the token and the caller looks at it
+                logits = decoder.step(token)
+            tokens, all_done = seen.wait()
+            yield tokens
+            if all_done:
+                return
+            if decoder is None and left:
+                logits = _logits(model, cache, token[:, None], pad)
+
+
+def _logits(
+    model: Llama, cache: KVCache, ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor] = None
+) -> Tensor:
+    """The model's own forward pass of ids, int64 [b, s], behind what the cache holds -> logits of the next token,
+    float32 [b, v]. pad: int64 [b], empty positions before each prompt."""
+    start, end = cache.length, cache.length + ids.shape[1]
+    places = torch.arange(end, device=ids.device)
+    if pad is None:  # causal attention then needs no mask, and the fast kernels take none
+        position_ids, mask = places[start:].expand_as(ids), None
+    else:
+        position_ids = (places[start:] - pad[:, None]).clamp(min=0)
+        mask = _mask(places[start:], places, pad)
+    hidden = model.model(model.embed(ids, pixels), position_ids, mask, cache)
+    cache.length = end
+    return model.lm_head(hidden[:, -1]).float()
+
+
+class _Seen:
+    """Tokens on their way to the host, which waits for them alone, not for what was queued after them."""
+
+    def __init__(self, token: Tensor, done: Tensor):
+        both = torch.cat((token, done.all()[None].long()))
+        self._arrived: Optional[torch.cuda.Event] = None
+        self._host = both
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(both.device))
+
+    def wait(self) -> tuple[Tensor, bool]:
+        """The tokens, int64 [b] on the CPU, and whether all prompts are done."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host[:-1], bool(self._host[-1])
 
 
 def _mask(queries: Tensor, keys: Tensor, pad: Tensor) -> Tensor:

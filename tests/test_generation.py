@@ -123,6 +123,15 @@ def test_the_tokenizers_end_token_ends_an_answer(model, reference, monkeypatch):
     assert columns(steps) == [answer[: answer.index(answer[2]) + 1]]
 
 
+def test_a_prompt_that_is_done_yields_stop_tokens_while_the_others_go_on(model, reference):
+    batch = [ids_of(model, prompt) for prompt in PROMPTS[:2]]
+    answers = [greedy_by_transformers(reference, ids) for ids in batch]
+    stop = next(token for token in answers[0] if token not in answers[1])
+    found, other = columns(generate_ids(model, batch, NEW, 0.0, 1.0, {stop}))
+    end = answers[0].index(stop)
+    assert found == answers[0][:end] + [stop] * (NEW - end) and other == answers[1]
+
+
 def test_no_more_than_max_new_tokens_come_out(model):
     (found,) = columns(generate_ids(model, [[1, 5, 9]], 7, 0.0, 1.0, stop={-1}))
     assert len(found) == 7
@@ -155,6 +164,14 @@ def test_temperature_raises_the_probabilities_to_its_inverse(temperature):
     expected = PROBABILITIES ** (1 / temperature)
     found = frequencies(PROBABILITIES.log(), temperature, 1.0)
     torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.015)
+
+
+def test_a_draw_is_that_of_torch_multinomial_with_the_same_seed():
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    ordered, index = logits.softmax(-1).sort(-1, descending=True)
+    expected = torch.multinomial(ordered, 1, generator=torch.Generator().manual_seed(2))
+    found = sample(logits, 1.0, 2.0, torch.Generator().manual_seed(2))
+    assert torch.equal(found, index.gather(-1, expected).squeeze(-1))
 
 
 def test_each_row_of_a_batch_is_sampled_from_its_own_logits():

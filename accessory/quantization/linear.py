@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.kernels import working
 from accessory.quantization.int4 import Int4
 from accessory.quantization.packed import Packed
 
@@ -29,6 +30,13 @@ class Backend(Protocol):
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """payload -> weight of `shape` in `dtype`."""
+
+    def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
+        """payload -> weight, written to `out` [out, in], whose rows may be apart; plus B A, if lora is (B, A), rounded
+        once. Only where `can_fold` says so."""
+
+    def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
+        """Whether a kernel for this payload's device can add LoRA's product to the weight before it is rounded."""
 
 
 # Operators take numbers, not objects: a backend is passed to them by its place here.
@@ -141,8 +149,25 @@ class QuantLinear(nn.Module):
         """The weight [out_features, in_features] in `dtype`."""
         return self.backend.dequantize(self.payload, self.shape, dtype)
 
+    @property
+    def can_fold(self) -> bool:
+        """Whether `dequantize_into` can add LoRA's product."""
+        return self.backend.can_fold(self.payload, self.shape)
+
+    def dequantize_into(self, out: Tensor, lora: Optional[tuple[Tensor, Tensor]] = None) -> None:
+        """The weight, written to `out` [out_features, in_features] in its dtype; plus B A where lora is (B, A)."""
+        if self.can_fold:
+            self.backend.dequantize_into(self.payload, out, lora)
+        else:
+            assert lora is None
+            out.copy_(self.dequantize(out.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features], in x's dtype."""
+        if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kernels = working("accessory.quantization.matvec_cuda", "each token's forward pass dequantizes all weights")
+            if kernels is not None and kernels.fits(x, self.backend):
+                return kernels.matvec(x, self.payload, self.backend, self.shape, self.bias)
         return _FrozenLinear.apply(x, self.bias, self._backend_index, self.shape, *self.payload)
 
     def _apply(self, fn, recurse: bool = True):

@@ -1,0 +1,257 @@
+"""y = x @ dq(W)^T for a few rows of x on a GPU, from the packed weight, read once: what decoding a token costs.
+
+A token's forward pass is bound by the bytes of the weights. To dequantize and multiply moves 4.5 bytes a weight (read
+0.5, write 2, read 2); the kernels here move the 0.5, and unpack in registers:
+
+    y[m, o] = sum over words w of   scale[o, w] * (sum over the weights i of w of   value(code[o, i]) * x[m, i])
+
+A word holds 8 codes, which share a scale: 4 bytes at 4 bits. A thread takes a word at a time, so a warp reads 128
+neighbouring bytes of a row, and the same thread reads the 8 numbers of x that go with it (16 bytes of bf16). Nothing
+passes through shared memory before the last sum; some rows of W share x's loads, and all their words are asked for
+before the first is used. No row needs to be split among programs: even 1024 x 8192 fills the GPU, row by row.
+
+The order of additions depends on the shapes alone, so results do not change from run to run. Sums are fp32; NF4's
+values are fp32 too (the dequantized weight is rounded to x's dtype), int4's are not rounded to float16 before the
+product. Written for Triton, and for its interpreter, which runs them on a CPU (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import bitsandbytes.functional as bnb
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accessory.quantization.int4 import Int4
+from accessory.quantization.nf4 import NF4
+
+# Unpacking a weight takes about 6 instructions, a row of x one more and its share of the loads of x: 8 rows take some
+# two or three times as long as one, where dequantizing moves nine times the bytes. For 16 the sums would fill the
+# registers, at the cost of loads in flight.
+MAX_ROWS = 8
+WARPS = 4
+BLOCK = 32 * WARPS  # a word a thread
+PROGRAMS = 1024  # wanted at least, for 132 multiprocessors of 8 programs each
+TILES = {1: (4, 2), 2: (4, 2), 4: (4, 1), 8: (4, 1)}  # rows of x -> rows of W in a program, words of each in flight
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits -> the type that holds 8 weights
+
+
+@triton.jit
+def _numbers(x):
+    """x: [n, 8] -> its columns in fp32, [n] each, which stay in the thread that loaded the row."""
+    n: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (n, 4, 2)))
+    even_04, even_26 = tl.split(tl.reshape(even, (n, 2, 2)))
+    odd_15, odd_37 = tl.split(tl.reshape(odd, (n, 2, 2)))
+    x0, x4 = tl.split(even_04)
+    x2, x6 = tl.split(even_26)
+    x1, x5 = tl.split(odd_15)
+    x3, x7 = tl.split(odd_37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _totals(sums, count_log2: tl.constexpr):
+    """A tuple of 1, 2, 4, .. tensors [n] -> their sums [count], all in one reduction."""
+    n: tl.constexpr = sums[0].shape[0]
+    if count_log2 == 0:
+        return tl.sum(sums[0], 0, keep_dims=True)
+    for level in tl.static_range(count_log2):
+        joined = ()
+        for i in tl.static_range(1 << (count_log2 - 1 - level)):  # with its partner half the tuple away: see below
+            joined = joined + (tl.join(sums[i], sums[i + (1 << (count_log2 - 1 - level))]),)  # noqa: RUF005
+        sums = joined
+    return tl.sum(tl.reshape(sums[0], (n, 1 << count_log2)), 0)  # each at its number in the tuple
+
+
+@triton.jit
+def _store(y, total, bias, first_row, rows, out_features, has_bias: tl.constexpr, block_m: tl.constexpr):
+    """total: fp32 [rows of W * block_m]; the bias is rounded to y's dtype first, as it is in training."""
+    dtype = y.dtype.element_ty
+    place = tl.arange(0, total.shape[0])
+    row, m = first_row + place // block_m, place % block_m
+    if has_bias:
+        total += tl.load(bias + row, mask=row < out_features, other=0.0).to(dtype).to(tl.float32)
+    tl.store(y + m * out_features + row, total.to(dtype), mask=(row < out_features) & (m < rows))
+
+
+@triton.jit
+def _words_kernel(
+    words, scales, zeros, codebook, mean, values, x, bias, y, rows, out_features, row_words, row_groups,
+    group_words: tl.constexpr, nf4: tl.constexpr, doubly: tl.constexpr, bits: tl.constexpr, has_bias: tl.constexpr,
+    block_m: tl.constexpr, block_out: tl.constexpr, count_log2: tl.constexpr,
+    steps: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """NF4, and whole numbers of 2, 4 or 8 bits in order. Doubly quantized, `zeros` are the second scales.
+
+    Tensors are [block], a word a thread, so that all have one layout; what is more than one a thread is in tuples.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * block_out
+    sums = ()
+    for _ in tl.static_range(block_out * block_m):
+        sums = sums + (tl.zeros((block,), tl.float32),)  # noqa: RUF005
+    for start in range(0, row_words, block * steps):
+        # All loads of weights first: what is in flight is what hides the memory's latency.
+        loaded = ()
+        for i in tl.static_range(block_out * steps):
+            place = start + (i % steps) * block + tl.arange(0, block)
+            row = tl.minimum(first_row + i // steps, out_features - 1)
+            word = tl.load(words + row * row_words + place, place < row_words, 0, eviction_policy="evict_first")
+            loaded = loaded + (word,)  # noqa: RUF005
+        for step in tl.static_range(steps):
+            place = start + step * block + tl.arange(0, block)
+            inside = place < row_words
+            inputs = ()
+            for m in tl.static_range(block_m):
+                # A row of x that is not there repeats the last one.
+                x_row = x + (tl.minimum(m, rows - 1) * row_words + place[:, None]) * 8 + tl.arange(0, 8)[None, :]
+                inputs = inputs + _numbers(tl.load(x_row, inside[:, None], 0.0))
+            for r in tl.static_range(block_out):
+                row = tl.minimum(first_row + r, out_features - 1)
+                if nf4:  # blocks run over the ends of rows
+                    group = (row * row_words + place) // group_words
+                else:
+                    group = row * row_groups + place // group_words
+                    zero = tl.load(zeros + group, inside, 0).to(tl.int32)
+                scale = tl.load(scales + group, inside, 0)
+                if doubly:
+                    second = tl.load(zeros + group // 256, inside, 0.0)
+                    scale = tl.load(codebook + scale.to(tl.int32)) * second + tl.load(mean)
+                word = loaded[r * steps + step]
+                dots = ()
+                for _ in tl.static_range(block_m):
+                    dots = dots + (tl.zeros((block,), tl.float32),)  # noqa: RUF005
+                for i in tl.static_range(8):
+                    if nf4:  # the upper half of a byte comes first
+                        weight = tl.load(values + ((word.to(tl.uint32, bitcast=True) >> (i ^ 1) * 4) & 15))
+                    else:
+                        weight = (((word >> i * bits) & ((1 << bits) - 1)).to(tl.int32) - zero).to(tl.float32)
+                    added = ()
+                    for m in tl.static_range(block_m):
+                        added = added + (dots[m] + weight * inputs[m * 8 + i],)  # noqa: RUF005
+                    dots = added
+                updated = ()
+                for i in tl.static_range(block_out * block_m):
+                    if i // block_m == r:
+                        updated = updated + (sums[i] + dots[i % block_m] * scale.to(tl.float32),)  # noqa: RUF005
+                    else:
+                        updated = updated + (sums[i],)  # noqa: RUF005
+                sums = updated
+    _store(y, _totals(sums, count_log2), bias, first_row, rows, out_features, has_bias, block_m)
+
+
+@triton.jit
+def _columns_kernel(
+    codes, scales, zeros, g_idx, x, bias, y, rows, out_features, in_features, row_bytes, row_groups,
+    group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, has_bias: tl.constexpr,
+    block_m: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
+):  # fmt: skip
+    """Whole numbers of any width, in any order of columns: weight by weight, so with several times the loads."""
+    outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
+    row = tl.minimum(outs, out_features - 1).to(tl.int64)[:, None]
+    m = tl.arange(0, block_m)
+    sums = tl.zeros((block_out, block_m, block_in), tl.float32)
+    for start in range(0, in_features, block_in):
+        column = start + tl.arange(0, block_in)
+        inside = column < in_features
+        byte = (column * bits // 8)[None, :]
+        word = tl.load(codes + row * row_bytes + byte, mask=inside[None, :], other=0).to(tl.int32)
+        if bits == 3:  # may reach into the next byte
+            reaches = inside[None, :] & (byte + 1 < row_bytes)
+            word |= tl.load(codes + row * row_bytes + byte + 1, mask=reaches, other=0).to(tl.int32) << 8
+        code = (word >> (column * bits % 8)[None, :]) & ((1 << bits) - 1)
+        group = tl.load(g_idx + column, mask=inside, other=0) if reordered else column // group_size
+        place = row * row_groups + group[None, :]
+        zero = tl.load(zeros + place, mask=inside[None, :], other=0).to(tl.int32)
+        weight = (code - zero).to(tl.float32) * tl.load(scales + place, mask=inside[None, :], other=0.0).to(tl.float32)
+        x_place = x + m[:, None] * in_features + column[None, :]
+        inputs = tl.load(x_place, mask=(m < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        sums += weight[:, None, :] * inputs[None, :, :]
+    total = tl.reshape(tl.sum(sums, 2), (block_out * block_m,))
+    _store(y, total, bias, tl.program_id(0) * block_out, rows, out_features, has_bias, block_m)
+
+
+def fits(x: Tensor, backend: Any) -> bool:
+    """Whether `matvec` takes this x with a weight of this backend."""
+    in_features = x.shape[-1]
+    few = 0 < x.numel() <= MAX_ROWS * in_features
+    return few and (isinstance(backend, Int4) or (isinstance(backend, NF4) and in_features % 8 == 0))
+
+
+def matvec(
+    x: Tensor, payload: Sequence[Tensor], backend: Any, shape: tuple[int, int], bias: Optional[Tensor] = None
+) -> Tensor:
+    """x: bf16, fp16 or fp32 [..., in] of at most MAX_ROWS rows; shape: (out, in) of the weight; bias: fp32 [out] ->
+    [..., out] in x's dtype. The weight's backend must fit."""
+    out_features, in_features = shape
+    flat = x.reshape(-1, in_features).contiguous()
+    y = x.new_empty(len(flat), out_features)
+    in_words = isinstance(backend, NF4) or (
+        backend.bits != 3 and not backend.reordered and in_features // payload[1].shape[1] % 8 == 0
+    )
+    launch = _launch_words if in_words else _launch_columns
+    with torch.cuda.device_of(x):
+        launch(flat, payload, backend, y, bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _block_out(most: int, out_features: int) -> int:
+    """Rows of W in a program: fewer where there would be too few programs for the GPU."""
+    while most > 1 and out_features < PROGRAMS * most:
+        most //= 2
+    return most
+
+
+def _launch_words(x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor, bias: Optional[Tensor]) -> None:
+    (rows, in_features), out_features = x.shape, y.shape[1]
+    row_words = in_features // 8
+    block_m = triton.next_power_of_2(rows)
+    most, steps = TILES[block_m]
+    steps = min(steps, triton.next_power_of_2(triton.cdiv(row_words, BLOCK)))
+    block_out = _block_out(most, out_features)
+    packed, scales, *rest = payload
+    if isinstance(backend, NF4):
+        nf4, doubly, bits, row_groups, group_words = True, backend.double_quant, 4, 1, backend.blocksize // 8
+        codebook, zeros, mean = rest if doubly else (packed, packed, packed)
+        values = _nf4_values(x.device)
+    else:
+        nf4, doubly, bits, row_groups = False, False, backend.bits, scales.shape[1]
+        group_words = row_words // row_groups
+        zeros, codebook, mean, values = rest[0], packed, packed, packed
+    words = packed.view(-1).view(WORDS[bits])
+    _words_kernel[(triton.cdiv(out_features, block_out),)](
+        words, scales, zeros, codebook, mean, values, x, packed if bias is None else bias, y, rows, out_features,
+        row_words, row_groups, group_words, nf4, doubly, bits, bias is not None, block_m, block_out,
+        (block_out * block_m).bit_length() - 1, steps, BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _launch_columns(x: Tensor, payload: Sequence[Tensor], backend: Int4, y: Tensor, bias: Optional[Tensor]) -> None:
+    rows, in_features = x.shape
+    codes, scales, zeros, *g_idx = payload
+    block_m = triton.next_power_of_2(rows)
+    block_out = _block_out(4, y.shape[1])
+    _columns_kernel[(triton.cdiv(y.shape[1], block_out),)](
+        codes, scales, zeros, g_idx[0] if g_idx else codes, x, codes if bias is None else bias, y, rows, y.shape[1],
+        in_features, codes.shape[1], scales.shape[1], in_features // scales.shape[1], backend.bits, bool(g_idx),
+        bias is not None, block_m, block_out, min(1024 // block_m, triton.next_power_of_2(in_features)),
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+@functools.cache
+def _nf4_values(device: torch.device) -> Tensor:
+    """What the 16 codes stand for: fp32 [16]."""
+    return bnb.get_4bit_type("nf4", device=device)
+
+
+def try_out() -> None:
+    """Run the kernels once, on the smallest weights."""
+    weight, x = torch.zeros(8, 64, device="cuda"), torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
+    for backend in (NF4(), Int4(4, 64), Int4(3, 64)):
+        matvec(x, backend.quantize(weight), backend, (8, 64))
