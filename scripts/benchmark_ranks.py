@@ -18,10 +18,17 @@ import sys
 import time
 from pathlib import Path
 
-import benchmark
-import torch
+import _checkout  # noqa: F401
+import benchmark_steps
+
+import accessory  # noqa: F401
+
+# isort: split
+import torch  # after accessory, which sets what torch reads when it is loaded
 import torch.distributed as dist
-from benchmark import SHAPES, build_ours, time_steps, train_step
+from benchmark_cases import SHAPES
+from benchmark_ours import build_ours, make_batch
+from benchmark_steps import eager_step, time_steps
 
 HEAD = (
     f"{'strategy':<10}{'checkpointing':>14}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}{'payload GiB':>13}"
@@ -67,16 +74,17 @@ def main() -> None:
 def measure_rank(options: argparse.Namespace) -> None:
     """Both kinds of steps on one model, in a process that torchrun started."""
     from accessory.agreement import refuse_other_weights
+    from accessory.fused.model import fuse_blocks
     from accessory.strategies import find_world, join_ranks
 
     (strategy,) = options.strategies
     world = find_world()
     join_ranks(world)
-    benchmark.DEVICE = world.device
+    benchmark_steps.DEVICE = world.device
     case = {
-        "model": options.model, "recipe": options.recipe, "images": None, "checkpointing": False,
-        "compile": not options.no_compile and world.device.type == "cuda", "batch": options.batch,
-        "length": options.length,
+        "task": "train", "model": options.model, "recipe": options.recipe, "base": "nf4", "images": None,
+        "checkpointing": False, "compile": not options.no_compile and world.device.type == "cuda",
+        "batch": options.batch, "length": options.length,
     }  # fmt: skip
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -86,15 +94,18 @@ def measure_rank(options: argparse.Namespace) -> None:
     refuse_other_weights(model)
     if payload is not None:
         payload.connect()
+        if case["compile"]:
+            fuse_blocks(model)
     held = payload.share_bytes if payload is not None else _payload_bytes(model)
     synchronized = _Synchronized(model, loss)
     wrapped = torch.nn.parallel.DistributedDataParallel(
         synchronized, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
     )
     for checkpointing in (True, False):
-        model.model.checkpointing = checkpointing
-        torch.manual_seed(world.rank)
-        seconds, peak = time_steps(train_step(model, wrapped, case), options.warmup, options.steps)
+        model.model.recomputed = len(model.model.layers) if checkpointing else 0
+        step = eager_step(model, wrapped, case)  # DistributedDataParallel and the shards' gathers: no graph
+        batch = make_batch(model, benchmark_steps.tokens(case, model.config.vocab_size, world.rank), case)
+        seconds, peak = time_steps(lambda step=step, batch=batch: step(batch), options.warmup, options.steps)
         gathered: list = [None] * world.size
         dist.all_gather_object(gathered, (1000 * seconds, peak))
         slowest, largest = (max(values) for values in zip(*gathered, strict=True))
@@ -118,8 +129,8 @@ class _Synchronized(torch.nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.loss(input_ids)
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.loss(batch)
 
 
 def _payload_bytes(model: torch.nn.Module) -> int:
