@@ -232,7 +232,7 @@ class FastConfig:
     recomputed, and `blocks` applies, on a GPU."""
     padding_free: Optional[bool] = None
     """Lay the items of a micro-batch behind each other in rows of up to max_words tokens, instead of padding them to
-    the longest: the same update, fewer tokens. (data.packing fills batch_size whole rows: larger batches.)"""
+    the longest: the same update, fewer tokens. data.packing instead fills batch_size whole rows: larger batches."""
 
 
 @dataclass

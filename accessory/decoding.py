@@ -16,6 +16,7 @@ answers it waits in a pool, which goes with the model; a graph whose weights hav
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from itertools import chain
@@ -91,7 +92,7 @@ class Decoder:
         return self._logits
 
     def capture(self, model: Llama) -> None:
-        side = torch.cuda.Stream(model.device)
+        side = _side_stream(model.device)
         with torch.cuda.device(model.device):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels and makes workspaces, which a capture must not
@@ -132,6 +133,12 @@ class Decoder:
         for a, b, scaling in self.adapters[id(layer)]:
             y.addmm_(F.linear(x, a), b.T, alpha=scaling)
         return y
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all decoders: cuBLAS keeps a workspace of 32 MiB for every stream that it ever met."""
+    return torch.cuda.Stream(device)
 
 
 def _lora_layers(model: Llama) -> list[LoraQuantLinear]:

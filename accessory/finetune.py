@@ -24,7 +24,7 @@ from accessory.config import Config, DataParallel, Precision
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
-from accessory.estimate import OVERHEAD, recomputed_blocks_that_fit
+from accessory.estimate import recomputed_blocks_that_fit
 from accessory.export import export_hf
 from accessory.fast import Fast
 from accessory.files import disk_error, link, remove_partial, sole_user
@@ -64,6 +64,8 @@ from accessory.strategies import (
 )
 from accessory.summary import describe_run, largest_step
 from accessory.tuning.recipe import check_recipe, trainable_names
+
+ROOM = 0.94  # of the GPU's free memory; the rest is for fragmentation, and for an estimate that is a little short
 
 
 def finetune(config: Config) -> Path:
@@ -173,7 +175,7 @@ def _recomputed(config: Config, model: Llama, world: World) -> int:
     if config.train.checkpointing is not None or world.device.type == "cpu":
         return blocks if config.train.checkpointing else 0
     free, _ = torch.cuda.mem_get_info(world.device)
-    available = free + torch.cuda.memory_allocated(world.device) - OVERHEAD
+    available = int(ROOM * (free + torch.cuda.memory_allocated(world.device)))
     return recomputed_blocks_that_fit(model, largest_step(config, model), available)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -73,7 +74,10 @@ def describe_run(
         ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
     ]
     if world.device.type == "cuda":
-        estimated = estimate_training(model, largest_step(config, model), recomputed)
+        step = replace(
+            largest_step(config, model), captured="graphs" in fast.active, offloaded="offload" in fast.active
+        )
+        estimated = estimate_training(model, step, recomputed)
         rows.insert(-1, ("memory", f"up to about {estimated.line()}"))
     if isinstance(model, QFormerLlama):
         rows.insert(3, ("images", image_part_line(model)))

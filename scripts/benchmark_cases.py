@@ -14,16 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import _checkout  # noqa: F401
+
+from accessory.sizes import SHAPES
+
 Group = dict[str, Any]
 Case = dict[str, Any]
 
-# hidden size, MLP's width, blocks, heads, key/value heads, vocabulary
-SHAPES = {
-    "tiny": (128, 384, 4, 4, 4, 1000),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-    "70b": (8192, 28672, 80, 64, 8, 32000),
-}
 SYSTEMS = ("ours", "plain", "litgpt", "unsloth")
 BASES = ("nf4", "rtn")
 NEW_TOKENS = 64

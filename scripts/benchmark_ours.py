@@ -21,7 +21,7 @@ def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) ->
     from transformers import Blip2Config
 
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
-    from accessory.fused.model import fuse_blocks
+    from accessory.fused.model import fuse_blocks, keep_on_host
     from accessory.models import build_model
     from accessory.module import batch_loss
     from accessory.quantization import quantize
@@ -43,6 +43,7 @@ def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) ->
     model.model.rotary_emb.to(steps.DEVICE)
     if case["compile"] and share is None:
         fuse_blocks(model)
+        keep_on_host(model)  # the inputs of recomputed blocks, as `--checkpointing` does
     return model, lambda batch: batch_loss(model, batch, case["compile"]) / (batch["targets"] != -100).sum()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantization.test_matvec import run_interpreted
+from interpreter import run_interpreted
 
 from accessory import decoding
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig

@@ -178,7 +178,10 @@ def kept_by_block(model, rows: int, width: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model.layers[0](x, (cos.unsqueeze(1), sin.unsqueeze(1)))
+        y = model.model.layers[0](x, (cos.unsqueeze(1), sin.unsqueeze(1)))
+    if model.model.fused:  # keeps by itself, behind the view that gives rows back
+        ((node, _),) = y.grad_fn.next_functions
+        saved |= {t.untyped_storage().data_ptr(): t for t in node.kept if t is not None}
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), cos, sin)}
     return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in known)
 
@@ -352,7 +355,7 @@ def test_script_prints_a_table_and_writes_the_figures(tmp_path, monkeypatch, cap
 
 
 def test_suggestions_give_the_peak_that_they_would_have():
-    config = asked(gpu_memory=0.85, recipe=BOTH, train=TrainConfig(batch_size=16, checkpointing=False))
+    config = asked(gpu_memory=0.92, recipe=BOTH, train=TrainConfig(batch_size=16, checkpointing=False))
     offered = estimate(config)["suggestions"]
     smaller = replace(config, train=TrainConfig(batch_size=8, accum_iter=2))
     assert offered["--batch_size 8 --accum_iter 2"] == estimate(smaller)["train"]["0"]["peak"]
@@ -370,11 +373,11 @@ def test_checkpointing_is_as_told_and_unset_as_few_blocks_as_fit():
         train = TrainConfig(batch_size=16, checkpointing=checkpointing)
         return estimate(asked(recipe=BOTH, train=train, gpu_memory=gpu_memory))["recomputed_blocks"]
 
-    assert [recomputed(told, 0.85) for told in (False, True)] == [0, 4]
+    assert [recomputed(told, 0.92) for told in (False, True)] == [0, 4]
     model = build(describe_model(asked()), QuantizationConfig(QuantMethod.nf4), BOTH, torch.bfloat16)
-    fewest = recomputed_blocks_that_fit(model, Step(16, 512), int(0.85 * GIB) - OVERHEAD)
+    fewest = recomputed_blocks_that_fit(model, Step(16, 512), int(0.92 * GIB) - OVERHEAD)
     assert 0 < fewest < 4
-    assert [recomputed(None, memory) for memory in (0.85, 80)] == [fewest, 0]
+    assert [recomputed(None, memory) for memory in (0.92, 80)] == [fewest, 0]
 
 
 def test_without_a_known_gpu_no_block_is_recomputed(monkeypatch):

@@ -14,7 +14,7 @@ from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.finetune import finetune
 from accessory.fused import pointwise
 from accessory.fused.graph import GraphedLoss
-from accessory.fused.model import fuse_blocks
+from accessory.fused.model import fuse_blocks, keep_on_host
 from accessory.models import build_model, config_from_params
 from accessory.module import batch_loss
 from accessory.quantization import quantize
@@ -99,8 +99,10 @@ def test_fused_blocks_are_as_near_to_fp32_gradients_as_plain_ones(lora, fast):
     model = small_model(recipe)
     fuse_blocks(model)
     trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for recomputed in (0, 3):
+    for recomputed, on_host in ((0, False), (3, False), (4, True)):
         model.model.recomputed = recomputed
+        if on_host:
+            keep_on_host(model)
         if fast == "graph":
             graphed = GraphedLoss(lambda b: batch_loss(model, b, fixed_shape=True), list(trainables.values()))
             graphed.attach()

@@ -25,8 +25,8 @@ CUDA context and fragmentation take comes on top (`OVERHEAD`).
 from accessory.estimate.counting import held_bytes, payload_bytes
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.parts import GIB, OVERHEAD, Estimate
-from accessory.estimate.shapes import SHAPES
 from accessory.estimate.training import Step, estimate_training, recomputed_blocks_that_fit
+from accessory.sizes import SHAPES
 
 __all__ = [
     "GIB",

@@ -17,7 +17,6 @@ from accessory.bases import CONFIG_FILE, VISION_CONFIG_FILE
 from accessory.config import LlamaType, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
 from accessory.estimate.options import EstimateConfig
-from accessory.estimate.shapes import SHAPES
 from accessory.models import build_model, config_from_hf, config_from_params, read_json, vision_config_from
 from accessory.models.llama import Llama
 from accessory.quantization import quantize
@@ -27,6 +26,7 @@ from accessory.quantization.options import Method, QuantizeConfig
 from accessory.quantization.setting import CALIBRATED, as_stored, stored_backends
 from accessory.quantization.stored import find_statement
 from accessory.shipped import find_file
+from accessory.sizes import SHAPES
 from accessory.sources import open_sources
 from accessory.tuning.recipe import add_trainables, mark_trainable
 

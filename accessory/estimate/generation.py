@@ -12,11 +12,9 @@ import torch
 from accessory.decoding import BUCKET
 from accessory.estimate.counting import copies_bytes, held_bytes
 from accessory.estimate.images import image_part
-from accessory.estimate.parts import CUBLAS_WORKSPACE, Estimate
+from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, Estimate
 from accessory.estimate.shapes import Shape, head_scratch
 from accessory.models.llama import Llama
-
-STREAMS = 3  # that call cuBLAS: the prompt's, and those on which a decoder warms up and is captured
 
 
 def estimate_generation(

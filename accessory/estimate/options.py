@@ -21,8 +21,8 @@ from accessory.config import (
     TrainConfig,
 )
 from accessory.errors import UserError, suggest
-from accessory.estimate.shapes import SHAPES
 from accessory.flags import FINETUNE_FLAGS, Flag
+from accessory.sizes import SHAPES
 
 
 @dataclass

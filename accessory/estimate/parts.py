@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
-CUBLAS_WORKSPACE = 32 * 2**20  # on Hopper, for each stream that a CUDA graph captures
+CUBLAS_WORKSPACE = 32 * 2**20  # on Hopper, for each stream that multiplies
+STREAMS = 3  # such streams where a CUDA graph is captured: the usual one, the capture's, its warm-up's
 OVERHEAD = int(0.75 * GIB)  # CUDA context, kernels, fragmentation: held by the process, but not by tensors
 
 

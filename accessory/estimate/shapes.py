@@ -12,13 +12,6 @@ from accessory.models.llama import Llama
 from accessory.quantization import QuantLinear, block_linears
 from accessory.quantization.dense import Dense
 
-# LLaMA2: hidden size, MLP's width, blocks, heads, key/value heads, vocabulary
-SHAPES = {
-    "tiny": (128, 352, 4, 4, 4, 1000),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "13b": (5120, 13824, 40, 40, 40, 32000),
-    "70b": (8192, 28672, 80, 64, 8, 32000),
-}
 # Linears that share their input, and so are dequantized and multiplied together on the fused path.
 GROUPS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),

@@ -9,10 +9,12 @@ import torch
 
 from accessory.estimate.counting import copies_bytes, held_bytes
 from accessory.estimate.images import image_part
-from accessory.estimate.parts import CUBLAS_WORKSPACE, Estimate
+from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, Estimate
 from accessory.estimate.shapes import GROUPS, Shape, head_scratch
 from accessory.models.llama import Llama
 from accessory.models.loss import CHUNK
+
+ON_DEVICE = 3  # inputs of blocks that lie in host memory: the one in use, one that leaves, one that arrives
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Step:
     rows, width: of a micro-batch, image positions included. images: in it; None: one a row, where the model takes any.
     shards: ranks over which fsdp spreads the payload (a model that is spread already knows them). dtype: compute type
     of a model on the meta device. fused: accessory.fused's blocks; otherwise what autograd keeps of models/llama.py
-    without torch.compile, an upper figure. captured: the fused path as one CUDA graph.
+    without torch.compile, an upper figure. captured: the fused path as one CUDA graph. offloaded: inputs of recomputed
+    blocks lie in host memory.
     """
 
     rows: int
@@ -32,6 +35,7 @@ class Step:
     dtype: torch.dtype = torch.bfloat16
     fused: bool = True
     captured: bool = True
+    offloaded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -48,7 +52,8 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
     base, trainables = held_bytes(model, step.dtype, step.shards)
     image_kept, image_passing = image_part(model, step.rows if step.images is None else step.images, shape.itemsize)
     rotary_table = shape.itemsize * step.tokens * 2 * shape.e
-    recomputed = recomputed_blocks * shape.itemsize * step.tokens * shape.d
+    inputs = min(recomputed_blocks, ON_DEVICE) if step.offloaded else recomputed_blocks
+    recomputed = inputs * shape.itemsize * step.tokens * shape.d
     activations = image_kept + rotary_table + recomputed + (shape.blocks - recomputed_blocks) * block.kept
     # The first blocks are recomputed, and their backward comes last, when what the others kept is free again. So making
     # a block's results again takes nothing that was not there, unless all blocks do it.
@@ -60,7 +65,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
         "trainables": trainables + (copies_bytes(model, shape.itemsize) if fused else 0),
         "gradients": trainables,
         "optimizer": 2 * trainables,
-        "workspace": CUBLAS_WORKSPACE if fused else 0,
+        "workspace": CUBLAS_WORKSPACE * (STREAMS if step.captured else 1) if fused else 0,
         "images": image_passing,
         "activations": activations,
         "loss": _loss(model, shape, step.tokens, fused, fused and step.captured),
@@ -111,7 +116,7 @@ def _fused(s: Shape, m: int) -> Block:
         counted among the activations."""
         dy = d_middle = normed = s.d
         made = again * (qkv + s.d + s.q + gate_up)  # besides x: q, k, v; attention's output; its residual; gate, up
-        attended = s.q + again * qkv
+        attended = s.q + (qkv if again else -gate_up)  # gate and up, if they were kept, are free by then
         flash = s.q * wide + (2 * s.q if s.kv < s.q else 0)  # dq in fp32; grouped heads' dk and dv before their sum
         passing = (
             (again * (made + dy + 2 * s.d), "gate_up"),  # forward: normed, and attention's output behind o_proj
@@ -119,8 +124,8 @@ def _fused(s: Shape, m: int) -> Block:
             (made + dy + normed, "gate_up"),
             (attended + dy + d_middle + s.q, "out"),
             (attended + dy + d_middle + s.q + qkv + flash, None),  # attention's backward
-            (attended + dy + d_middle + 2 * qkv, None),  # that of the rotary embedding
-            (again * qkv + dy + d_middle + qkv + normed, "qkv"),
+            (attended + dy + d_middle + qkv, None),  # that of the rotary embedding, written over q, k and v
+            (attended - s.q + dy + d_middle + normed, "qkv"),
         )
         return max(
             int(m * s.itemsize * numbers) + (s.scratch(*GROUPS[group]) if group else 0) for numbers, group in passing

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 
 from accessory.quantization import QuantLinear
 from accessory.quantization.nf4 import NF4
@@ -16,15 +14,6 @@ from accessory.quantization.nf4 import NF4
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; torch sees none")
 NAMES = ["nf4-double_quant", "nf4-single_quant", "nf4-blocks_of_256", "int4", "int4-groups_of_8", "int4-per_channel",
          "int4-reordered", "int2", "int3", "int3-reordered", "int8", "int8-per_channel"]  # fmt: skip
-
-
-def run_interpreted(file: Path) -> None:
-    """Triton reads TRITON_INTERPRET where it is imported: hence another process."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parent)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 
 def test_the_kernels_compute_what_the_dequantized_weight_does():
