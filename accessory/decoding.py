@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory.capture import capturing
 from accessory.errors import first_line
 from accessory.kernels import working
 from accessory.models.llama import Llama
@@ -100,7 +101,7 @@ class Decoder:
                     self.forward(model)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph, model.device):
                 self._logits = self.forward(model)
         self._graph = graph
 

@@ -10,6 +10,7 @@ from test_multimodal import picture_items
 
 import accessory
 from accessory.callbacks import read_series
+from accessory.capture import capturing
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.finetune import finetune
 from accessory.fused import pointwise
@@ -158,6 +159,31 @@ def test_pointwise_kernels_are_the_plain_functions():
     for function, arguments in calls:
         on_gpu = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]
         torch.testing.assert_close(function(*on_gpu), function(*arguments), check_device=False, rtol=1e-4, atol=1e-4)
+
+
+def test_a_capture_that_fails_leaves_stream_and_generator_as_they_were():
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    numbers = torch.arange(4.0, device="cuda")
+    with pytest.raises(RuntimeError), capturing(graph, numbers.device):
+        numbers.sum().item()  # waits, which a capture cannot
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device="cuda").isfinite().all()
+    again = torch.cuda.CUDAGraph()
+    with capturing(again, numbers.device):
+        doubled = 2 * numbers
+    again.replay()
+    assert doubled.tolist() == [0, 2, 4, 6]
+
+
+def test_a_step_that_cannot_be_captured_is_computed_as_ever_with_one_warning(caplog):
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    graphed = GraphedLoss(lambda batch: (weight * batch["x"]).sum() * float(batch["x"].sum().item() > 0), [weight])
+    graphed.attach()
+    for _ in range(4):
+        graphed.zero()
+        assert graphed({"x": torch.tensor([1.0, 2.0, 3.0], device="cuda")}).item() == 6
+        assert weight.grad.tolist() == [1, 2, 3]
+    assert len([record for record in caplog.records if "fast.graphs" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])

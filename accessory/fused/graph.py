@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accessory.capture import capturing
 from accessory.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class GraphedLoss:
         self._gradients = [torch.zeros_like(p) for p in trainables]
         self._seen: set[Key] = set()
         self._captured: dict[Key, _Captured] = {}
+        self._device = trainables[0].device
         self.works = True
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -80,7 +82,6 @@ class GraphedLoss:
     def _capture(self, batch: Batch, tensors: dict[str, Tensor]) -> _Captured:
         inputs = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread, which pins memory meanwhile, is none of its business.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, self._device, self._pool):
             loss = self._run(batch | inputs)
         return _Captured(graph, inputs, loss)

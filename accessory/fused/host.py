@@ -22,6 +22,7 @@ class HostStack:
         self._held: list[Tensor] = []
         self._leaving: Optional[Tensor] = None  # on the device, while its copy is under way
         self._arriving: Optional[Tensor] = None  # the topmost of the stack, on its way back
+        self._copies = False  # under way, or done and not waited for
 
     def push(self, x: Tensor) -> int:
         """Returns the place that `pop` wants to know."""
@@ -54,12 +55,15 @@ class HostStack:
         if self._stream is None:
             to.copy_(source)
             return
+        self._copies = True
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
 
     def _wait(self) -> None:
-        """Let what is computed next come after the copies so far."""
-        if self._stream is not None:
+        """Let what is computed next come after the copies so far. Only if there are any: a graph's capture must not wait
+        for what came before it."""
+        if self._copies:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._copies = False
         self._leaving = None
