@@ -24,7 +24,7 @@ from tqdm import tqdm
 from accessory.errors import UserError
 from accessory.generation import generate_ids, stop_ids
 from accessory.models.llama import Llama
-from accessory.models.loss import CHUNK
+from accessory.models.loss import GPU_CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -185,11 +185,11 @@ class HarnessModel(TemplateLM):
 
 def token_scores(model: Llama, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """hidden: [n, d]; tokens: int64 [n], what followed -> log-likelihoods float64 [n], from a log-softmax in fp32, and
-    whether each was the likeliest, bool [n]. Logits are held for CHUNK tokens at a time."""
+    whether each was the likeliest, bool [n]. Logits are held for GPU_CHUNK tokens at a time."""
     likelihoods = torch.empty(len(tokens), dtype=torch.float64, device=hidden.device)
     greedy = torch.empty(len(tokens), dtype=torch.bool, device=hidden.device)
-    for start in range(0, len(tokens), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for start in range(0, len(tokens), GPU_CHUNK):
+        chunk = slice(start, start + GPU_CHUNK)
         logits = model.lm_head(hidden[chunk]).float()
         likelihoods[chunk] = logits.log_softmax(-1).gather(1, tokens[chunk, None]).squeeze(1).double()
         greedy[chunk] = logits.argmax(-1) == tokens[chunk]

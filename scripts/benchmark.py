@@ -48,7 +48,7 @@ def main() -> None:
     print(report.HEAD, flush=True)
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
+        "command": "python scripts/benchmark.py " + shlex.join(repeatable(sys.argv[1:])),
         "machine": describe(cases, options.commit),
         "results": [],
     }
@@ -59,6 +59,17 @@ def main() -> None:
             print(report.line(row), flush=True)
         if options.output is not None:  # after every case: a run that is cut short keeps what it has
             options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def repeatable(words: list[str]) -> list[str]:
+    """The command's words, less where its results went and which commit it said it was."""
+    left, skipped = [], False
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if not skipped and name not in ("--output", "--commit"):
+            left.append(word)
+        skipped = not skipped and name in ("--output", "--commit") and not has_value
+    return left
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import benchmark
 import benchmark_driver as driver
 import benchmark_lengths as lengths
 import benchmark_report as report
@@ -197,3 +198,8 @@ def test_the_command_runs_anywhere_and_writes_what_the_report_reads(tmp_path):
     assert run.stdout.splitlines()[-1].startswith("ours")
     subprocess.run([*command, "--report", str(document), str(output)], check=True, env=environment)
     assert "| TINY NF4 `norm_bias`, 1 x 16 | ours |" in document.read_text()
+
+
+def test_the_command_that_is_reported_names_no_folder():
+    words = ["--preset", "issue", "--output", "/somewhere/r.json", "--models", "7b", "--commit=abc", "--steps", "5"]
+    assert benchmark.repeatable(words) == ["--preset", "issue", "--models", "7b", "--steps", "5"]

@@ -54,6 +54,7 @@ from accessory.estimate.shapes import Shape
 from accessory.fused.model import fuse_blocks
 from accessory.generation import generate_ids
 from accessory.models import build_model
+from accessory.models.loss import GPU_CHUNK
 from accessory.module import batch_loss
 from accessory.optim import make_optimizer
 from accessory.quantization import QuantLinear, quantize
@@ -235,6 +236,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (4, 192)])
 def test_peak_of_a_plain_step_is_just_below_the_estimate(recomputed, rows, width, model, monkeypatch):
     monkeypatch.setattr(model.model, "recomputed", recomputed)
+    monkeypatch.setattr("accessory.models.loss.CPU_CHUNK", GPU_CHUNK)  # the estimate is a GPU's
     batch_loss(model, batch(rows, width)).backward()  # gradients are there from now on
     tensors = [*model.parameters(), *model.buffers()]
     there = [*tensors, *(p.grad for p in tensors if p.grad is not None)]

@@ -69,7 +69,9 @@ class Estimator:
         """Every row as long as may be: what shares rows (data.packing, fast.padding_free) fills no more than these."""
         active = self.fast(case).active
         fused, captured = "blocks" in active, "graphs" in active
-        return Step(case.rows, case.width, self._images(case), case.shards, self.dtype, fused, captured)
+        told = self.config.fast.offload
+        on_host = fused and (case.recomputed == self.blocks if told is None else told)
+        return Step(case.rows, case.width, self._images(case), case.shards, self.dtype, fused, captured, on_host)
 
     def fast(self, case: Case) -> Fast:
         """What a run on GPUs would choose."""

@@ -12,7 +12,7 @@ from accessory.estimate.images import image_part
 from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, Estimate
 from accessory.estimate.shapes import GROUPS, Shape, head_scratch
 from accessory.models.llama import Llama
-from accessory.models.loss import CHUNK
+from accessory.models.loss import GPU_CHUNK
 
 ON_DEVICE = 3  # inputs of blocks that lie in host memory: the one in use, one that leaves, one that arrives
 
@@ -160,6 +160,6 @@ def _loss(model: Llama, s: Shape, m: int, fused: bool, fixed_shape: bool) -> int
     those of the chunk before, which Python holds until then."""
     norm = s.itemsize if fused else 4 + s.itemsize
     hidden = m * s.d * (norm + (2 if fixed_shape else 3) * s.itemsize)
-    first, later = min(CHUNK, m), min(CHUNK, max(m - CHUNK, 0))
+    first, later = min(GPU_CHUNK, m), min(GPU_CHUNK, max(m - GPU_CHUNK, 0))
     logits = 4 * s.vocab * max(2 * first, first + 2 * later)
     return hidden + logits + head_scratch(model, s)

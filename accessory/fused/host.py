@@ -61,8 +61,8 @@ class HostStack:
             to.copy_(source, non_blocking=True)
 
     def _wait(self) -> None:
-        """Let what is computed next come after the copies so far. Only if there are any: a graph's capture must not wait
-        for what came before it."""
+        """Let what is computed next come after the copies so far. Only if there are any: a capture must not wait for
+        what came before it."""
         if self._copies:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._copies = False

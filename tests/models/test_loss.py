@@ -33,12 +33,13 @@ def plain_formula(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return value.detach(), wide.grad
 
 
+@pytest.mark.parametrize("fixed_shape", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_loss_and_gradient_are_those_of_the_plain_formula(monkeypatch, chunk):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+def test_loss_and_gradient_are_those_of_the_plain_formula(monkeypatch, chunk, fixed_shape):
+    monkeypatch.setattr(loss, "CPU_CHUNK", chunk)
     hidden, weight, targets = example()
     expected, gradient = plain_formula(hidden, weight, targets)
-    found = summed_cross_entropy(hidden, weight, targets)
+    found = summed_cross_entropy(hidden, weight, targets, fixed_shape)
     found.backward()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
@@ -108,7 +109,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 4)
+    monkeypatch.setattr(loss, "CPU_CHUNK", 4)
     hidden = torch.randn(2, 16, SIZE, requires_grad=True)
     weight, targets = torch.randn(500, SIZE), torch.randint(0, 500, (2, 16))
     with LargestTensor() as seen:
