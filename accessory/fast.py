@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from accessory.config import Config, DataParallel, FastConfig, Precision
+from accessory.estimate import Step, recomputed_blocks_that_fit
 from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
 from accessory.models.llama import Llama
 from accessory.strategies import World
 
 log = logging.getLogger(__name__)
+ROOM = 0.94  # of the GPU's free memory; the rest is for fragmentation, and for an estimate that is a little short
 NAMES = {
     "blocks": "fused blocks",
     "compile": "compiled blocks",
@@ -63,17 +65,6 @@ def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
     return {part: default if getattr(config, part) is None else getattr(config, part) for part in NAMES}
 
 
-def offload(fast: Fast, config: FastConfig, model: Llama) -> None:
-    """Once it is known how many blocks are recomputed: where all are, memory is what counts."""
-    recomputed, is_default = model.model.recomputed, config.offload is None
-    wanted = model.device.type == "cuda" and recomputed == len(model.model.layers) if is_default else config.offload
-    if "blocks" not in fast.active:
-        fast.take("offload", wanted and not is_default, "only fused blocks (fast.blocks) can")
-    elif wanted and recomputed:
-        fast.take("offload", True, None)
-        keep_on_host(model)
-
-
 def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
     if world.size > 1:
         sharded = config.strategy.data_parallel is DataParallel.fsdp
@@ -87,8 +78,14 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
     return None
 
 
-def apply(fast: Fast, model: Llama) -> None:
+def install(fast: Fast, config: Config, model: Llama) -> None:
     """Put the parts that are in the model in place; called last, when all else is."""
+    _replace_blocks(fast, model)
+    model.model.recomputed = _blocks_to_recompute(config, model)
+    offload(fast, config.fast, model)
+
+
+def _replace_blocks(fast: Fast, model: Llama) -> None:
     if "blocks" in fast.active and (obstacle := why_not_fused(model)) is not None:
         fast.active.discard("blocks")
         fast.why_not["blocks"] = obstacle
@@ -98,3 +95,29 @@ def apply(fast: Fast, model: Llama) -> None:
     elif "compile" in fast.active:
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
+
+
+def _blocks_to_recompute(config: Config, model: Llama) -> int:
+    """As told, or as few as the GPU's memory allows."""
+    told, blocks = config.train.checkpointing, len(model.model.layers)
+    if told is not None or model.device.type == "cpu":
+        return blocks if told else 0
+    free, _ = torch.cuda.mem_get_info(model.device)
+    available = int(ROOM * (free + torch.cuda.memory_allocated(model.device)))
+    return recomputed_blocks_that_fit(model, largest_step(config, model), available)
+
+
+def largest_step(config: Config, model: Llama) -> Step:
+    """The micro-batch that takes the most memory: every row as long as may be."""
+    return Step(config.train.batch_size, config.data.max_words, fused=model.model.fused)
+
+
+def offload(fast: Fast, config: FastConfig, model: Llama) -> None:
+    """Once it is known how many blocks are recomputed: where all are, memory is what counts."""
+    recomputed, is_default = model.model.recomputed, config.offload is None
+    wanted = model.device.type == "cuda" and recomputed == len(model.model.layers) if is_default else config.offload
+    if "blocks" not in fast.active:
+        fast.take("offload", wanted and not is_default, "only fused blocks (fast.blocks) can")
+    elif wanted and recomputed:
+        fast.take("offload", True, None)
+        keep_on_host(model)

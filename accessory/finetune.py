@@ -24,7 +24,6 @@ from accessory.config import Config, DataParallel, Precision
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
-from accessory.estimate import recomputed_blocks_that_fit
 from accessory.export import export_hf
 from accessory.fast import Fast
 from accessory.files import disk_error, link, remove_partial, sole_user
@@ -62,10 +61,8 @@ from accessory.strategies import (
     join_ranks,
     make_strategy,
 )
-from accessory.summary import describe_run, largest_step
+from accessory.summary import describe_run
 from accessory.tuning.recipe import check_recipe, trainable_names
-
-ROOM = 0.94  # of the GPU's free memory; the rest is for fragmentation, and for an estimate that is a little short
 
 
 def finetune(config: Config) -> Path:
@@ -163,20 +160,8 @@ def _build(config: Config, sources: Sources, world: World, fast: Fast) -> Llama:
         model.sharded.verify()
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.image_transform = deterministic(config.data.image_transform)
-    fast_parts.apply(fast, model)
-    model.model.recomputed = _recomputed(config, model, world)
-    fast_parts.offload(fast, config.fast, model)
+    fast_parts.install(fast, config, model)
     return model
-
-
-def _recomputed(config: Config, model: Llama, world: World) -> int:
-    """How many blocks keep their input alone for backward: as told, or as few as the GPU's memory allows."""
-    blocks = len(model.model.layers)
-    if config.train.checkpointing is not None or world.device.type == "cpu":
-        return blocks if config.train.checkpointing else 0
-    free, _ = torch.cuda.mem_get_info(world.device)
-    available = int(ROOM * (free + torch.cuda.memory_allocated(world.device)))
-    return recomputed_blocks_that_fit(model, largest_step(config, model), available)
 
 
 def _outcome(trainer: Trainer, module: FinetuneModule, data: DataModule) -> dict[str, Any]:

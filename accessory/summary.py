@@ -9,8 +9,8 @@ from typing import Optional
 
 from accessory.config import Config
 from accessory.data.datamodule import DataModule
-from accessory.estimate import Step, estimate_training
-from accessory.fast import Fast
+from accessory.estimate import estimate_training
+from accessory.fast import Fast, largest_step
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization import QuantLinear, block_linears
@@ -36,11 +36,6 @@ def image_part_line(model: QFormerLlama) -> str:
         f"Q-Former {qformer.num_hidden_layers} x {qformer.hidden_size}, {stored}{trains}; "
         f"an image takes {model.image_words} positions"
     )
-
-
-def largest_step(config: Config, model: Llama) -> Step:
-    """The micro-batch that takes the most memory: every row as long as may be."""
-    return Step(config.train.batch_size, config.data.max_words, fused=model.model.fused)
 
 
 def describe_run(

@@ -8,8 +8,9 @@ from test_finetune import logged, short_data, tiny_config, trainables
 
 import accessory
 from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.fast import Fast, apply, choose, offload
+from accessory.fast import Fast, choose, offload
 from accessory.finetune import finetune
+from accessory.fused.model import fuse_blocks
 from accessory.strategies import World
 
 
@@ -81,7 +82,7 @@ def test_the_summary_names_the_parts():
 def test_inputs_go_to_host_memory_where_blocks_are_recomputed_and_it_is_wanted(told, recomputed, active, meta_folder):
     model = accessory.load_model([meta_folder], quantization="nf4")
     fast = Fast({"blocks"})
-    apply(fast, model)
+    fuse_blocks(model)
     model.model.recomputed = recomputed
     offload(fast, FastConfig(offload=told), model)
     assert ("offload" in fast.active) == active
