@@ -24,6 +24,7 @@ import accessory.sharding as sharding
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import Interrupted, UserError
 from accessory.finetune import finetune
+from accessory.fused.model import fuse_blocks
 from accessory.models.llama import Llama
 from accessory.module import FinetuneModule, batch_loss
 from accessory.quantization import QuantLinear, block_linears, quantize
@@ -111,7 +112,9 @@ def case(request, tmp_path_factory, tokenizer_file, deep_folder, nine_items, nin
 @pytest.mark.parametrize("strategy", ["sdp", "fsdp"])
 def test_two_ranks_give_the_losses_and_trainables_of_one_process(strategy, case, tmp_path):
     base, data, changes, alone = case
+    fast = changes.get("quantization.method") == "nf4"  # fused blocks and shared rows on the ranks, neither alone
     changes = changes | {"train.batch_size": 1, "train.accum_iter": 2, "strategy.data_parallel": strategy}
+    changes |= {"fast.enabled": fast}
     seen = run_ranks(watched_run, base, data, tmp_path / "two", changes)
     for rank in seen:
         assert not isinstance(rank, BaseException), rank
@@ -237,15 +240,18 @@ def step(model: Llama) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole_against_sharded(method: str, checkpointing: bool, compiled: bool) -> dict[str, Any]:
+def whole_against_sharded(method: str, checkpointing: bool, kind: str) -> dict[str, Any]:
     """Two steps and a validation of both on this rank; the blocks gathered, in order, step by step."""
     world = find_world()
     join_ranks(world)
     whole, model = (five_blocks(method, checkpointing).to(world.device) for _ in range(2))
     payload = sharded(model)
-    if compiled:
+    if kind == "compiled":
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, backend="aot_eager")
+    if kind == "fused":
+        fuse_blocks(whole)
+        fuse_blocks(model)
     fetched, original = [], sharding.all_gather
 
     def gather(output, share, **named):
@@ -275,11 +281,11 @@ def whole_against_sharded(method: str, checkpointing: bool, compiled: bool) -> d
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "compiled"),
-    [("nf4", False, False), ("rtn", True, False), ("nf4", True, True)],
+    ("method", "checkpointing", "kind"),
+    [("nf4", False, "plain"), ("rtn", True, "plain"), ("nf4", True, "compiled"), ("nf4", True, "fused")],
 )
-def test_blocks_in_shares_compute_what_whole_ones_do_and_each_is_gathered_once_a_pass(method, checkpointing, compiled):
-    for rank in run_ranks(whole_against_sharded, method, checkpointing, compiled):
+def test_blocks_in_shares_compute_what_whole_ones_do_and_each_is_gathered_once_a_pass(method, checkpointing, kind):
+    for rank in run_ranks(whole_against_sharded, method, checkpointing, kind):
         assert not isinstance(rank, BaseException), rank
         assert rank["same"] == [True, True, True]
         first, second, validation = rank["fetched"]
