@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_finetune import logged, short_data, tiny_config, trainables
+from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_data, tiny_config, trainables
 
 import accessory
 from accessory.config import Config, DataParallel, FastConfig, Precision
@@ -105,3 +105,13 @@ def test_a_run_with_fused_blocks_and_shared_rows_has_the_losses_and_trainables_o
     tuned = trainables(plain)
     for name, tensor in trainables(fast).items():
         torch.testing.assert_close(tensor, tuned[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_fast_run_that_was_interrupted_continues_to_the_same_bits(meta_folder, tmp_path, monkeypatch):
+    data = short_data(tmp_path / "data")
+    settings = RESUMED | {"fast.enabled": True, "train.checkpointing": True, "fast.offload": True}
+    settings["recipe.dropout"] = 0.0  # which fused blocks do not know
+    whole = finetune(tiny_config(meta_folder, data, tmp_path / "whole", **settings))
+    config = tiny_config(meta_folder, data, tmp_path / "broken", **settings)
+    interrupt(monkeypatch, config, 9)
+    assert_same_bits(trainables(finetune(config)), trainables(whole))

@@ -9,15 +9,14 @@ nothing is rounded before its end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function; for CUDA tensors, compiled."""
+def compiled_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; for CUDA tensors, as torch.compile fuses it."""
     compiled = torch.compile(function, dynamic=None)
 
     def run(first: Tensor, *rest: Any) -> Any:
@@ -26,10 +25,25 @@ def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
         # Detached, as requires_grad is a reason to compile anew.
         return compiled(*(x.detach() if isinstance(x, Tensor) else x for x in (first, *rest)))
 
+    run.plain = function
     return run
 
 
-@fused_on_gpu
+def kernel_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; for CUDA tensors, the kernel of its name."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        if not first.is_cuda:
+            return function(first, *rest)
+        from accessory.fused import kernels_cuda  # Triton need not be installed elsewhere
+
+        return getattr(kernels_cuda, function.__name__)(first, *rest)
+
+    run.plain = function
+    return run
+
+
+@compiled_on_gpu
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x: [m, d] -> RMSNorm(x) * weight [m, d], 1 / rms(x) fp32 [m, 1]."""
     wide = wide_type(x)
@@ -37,7 +51,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return ((wide * rstd) * weight).to(x.dtype), rstd
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x + y [m, d], and `norm` of it."""
     total = x + y
@@ -46,28 +60,26 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return total, ((wide * rstd) * weight).to(x.dtype), rstd
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def norm_again(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """`norm`'s output once more, where 1 / rms(x) is known."""
     return ((wide_type(x) * rstd) * weight).to(x.dtype)
 
 
+@kernel_on_gpu
 def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, [m, d], and of the weight, fp32 [d]. residual: the gradient that passes beside the norm, which is
     added to x's."""
-    if x.is_cuda:
-        return kernels().norm_backward(dy, x, rstd, weight, residual)
     dy, normed = wide_type(dy), wide_type(x) * rstd
     scaled = dy * weight
     dx = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return (wide_type(residual) + dx).to(x.dtype), (dy * normed).sum(0)
 
 
+@kernel_on_gpu
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
     """qkv: [m, n, e], the heads of q, k and v; cos, sin: [m, e], whose halves are equal. The first `rotated` heads get
     rotary embedding (arXiv:2104.09864) in the halves layout, in place."""
-    if qkv.is_cuda:
-        return kernels().rotate_(qkv, cos, sin, rotated)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     heads = qkv[:, :rotated]
     first, second = heads.chunk(2, dim=-1)
@@ -75,11 +87,10 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
     return qkv
 
 
+@kernel_on_gpu
 def rotate_back_(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradients of the rotated q and k and of v, [b, heads, s, e] each -> of what was rotated, written over qkv,
     [b * s, n, e]: a rotation's transpose turns back."""
-    if dq.is_cuda:
-        return kernels().rotate_back_(qkv, dq, dk, dv, cos, sin)
     dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = []
@@ -89,28 +100,20 @@ def rotate_back_(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, s
     return qkv.copy_(torch.cat((*turned, dv), 1))
 
 
-@fused_on_gpu
+@compiled_on_gpu
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up: [m, 2f] -> silu(gate) * up, [m, f] (arXiv:2002.05202)."""
     gate, up = (wide_type(half) for half in gate_up.chunk(2, dim=-1))
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
+@kernel_on_gpu
 def swiglu_backward_(gate_up: Tensor, dh: Tensor) -> Tensor:
     """dh: [m, f]. Writes the gradient of gate_up, [m, 2f], over it."""
-    if gate_up.is_cuda:
-        return kernels().swiglu_backward_(gate_up, dh)
     gate, up = (wide_type(half) for half in gate_up.chunk(2, dim=-1))
     dh, share = wide_type(dh), torch.sigmoid(gate)
     silu = gate * share
     return gate_up.copy_(torch.cat((dh * up * (share + silu * (1 - share)), dh * silu), -1))
-
-
-def kernels() -> ModuleType:
-    """Loaded where there is a GPU: Triton need not be installed elsewhere."""
-    from accessory.fused import kernels_cuda
-
-    return kernels_cuda
 
 
 def wide_type(x: Tensor) -> Tensor:

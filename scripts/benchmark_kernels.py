@@ -1,0 +1,127 @@
+"""Are our kernels worth having? Each of them beside what a library makes of the same function, on a GPU.
+
+    python scripts/benchmark_kernels.py --model 7b --tokens 512 8192 --output kernels.json
+
+Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's: torch.compile
+of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. Medians of what
+triton.testing.do_bench times; the share of the time that reading and writing once would take at the speed of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import _checkout  # noqa: F401
+
+import accessory  # noqa: F401
+
+# isort: split
+import torch  # after accessory, which sets what torch reads when it is loaded
+
+from accessory.fused import pointwise
+from accessory.quantization.int4 import Int4, unpack_codes
+from accessory.quantization.nf4 import NF4
+from accessory.sizes import SHAPES
+
+Call = Callable[[], object]
+DTYPE = torch.bfloat16
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, device="cuda")
+
+
+def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, int]]:
+    """(name, ours, the library's, bytes that must be moved)."""
+    d, f, _, heads, kv_heads, _ = SHAPES[model]
+    size = d // heads
+    angle = torch.rand(tokens, size // 2, device="cuda")
+    rope = [f(angle).repeat(1, 2).to(DTYPE) for f in (torch.cos, torch.sin)]
+    qkv = random(tokens, heads + 2 * kv_heads, size)
+    gradients = [random(1, tokens, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+    x, dy, residual, rstd = (
+        random(tokens, d),
+        random(tokens, d),
+        random(tokens, d),
+        torch.rand(tokens, 1, device="cuda"),
+    )
+    weight, gate_up, dh = random(d, dtype=torch.float32), random(tokens, 2 * f), random(tokens, f)
+    turned = heads + kv_heads
+    arguments = {
+        "norm_backward": ((dy, x, rstd, weight, residual), 4 * x.nbytes),
+        "rotate_": ((qkv, *rope, turned), 2 * qkv.nbytes * turned // qkv.shape[1]),
+        "rotate_back_": ((qkv, *gradients, *rope), 2 * qkv.nbytes),
+        "swiglu_backward_": ((gate_up, dh), 2 * gate_up.nbytes + dh.nbytes),
+    }
+    for name, (given, moved) in arguments.items():
+        function = getattr(pointwise, name)
+        compiled = torch.compile(function.plain)
+        yield name, lambda function=function, given=given: function(*given), lambda compiled=compiled, given=given: compiled(*given), moved  # fmt: skip
+
+
+def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
+    d, f, *_ = SHAPES[model]
+    for shape in ((d, d), (f, d), (d, f)):
+        weight, out = random(*shape, dtype=torch.float32), torch.empty(shape, dtype=DTYPE, device="cuda")
+        lora = random(shape[0], 16), random(16, shape[1])
+        for backend, library in ((NF4(), bitsandbytes_weight), (Int4(4, 64), torch.compile(plain_int4_weight))):
+            payload = backend.quantize(weight)
+            moved = out.nbytes + sum(tensor.nbytes for tensor in payload)
+
+            def ours(added, backend=backend, payload=payload, out=out) -> None:
+                backend.dequantize_into(payload, out, added)
+
+            def others(added, library=library, payload=payload, shape=shape) -> torch.Tensor:
+                made = library(payload, shape)
+                return made if added is None else made.addmm_(*added)
+
+            name = f"{backend.name} {shape[0]} x {shape[1]}"
+            yield name, lambda ours=ours: ours(None), lambda others=others: others(None), moved
+            yield f"{name} + LoRA", lambda ours=ours: ours(lora), lambda others=others: others(lora), moved
+
+
+def bitsandbytes_weight(payload: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
+    packed, codes, codebook, scales, mean = payload
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, codebook, 256, torch.float32) + mean
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", shape, DTYPE)
+
+
+def plain_int4_weight(payload: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
+    codes, scales, zeros = payload
+    whole = unpack_codes(codes, 4).to(torch.int8).view(*scales.shape, -1) - zeros.to(torch.int8).unsqueeze(-1)
+    return (whole.to(torch.float16) * scales.unsqueeze(-1)).view(shape).to(DTYPE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="7b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192])
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU; torch sees none")
+    from triton.testing import do_bench
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    speed = 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {speed / 1e9:.2f} TB/s")
+    print(f"{'':<34}{'ours us':>10}{'library us':>12}{'ratio':>8}{'of a copy':>11}")
+    rows = []
+    for tokens in (None, *options.tokens):
+        cases = weight_cases(options.model) if tokens is None else pointwise_cases(options.model, tokens)
+        for name, ours, library, moved in cases:
+            name = name if tokens is None else f"{name} {tokens}"
+            mine, theirs = (1000 * do_bench(call, return_mode="median") for call in (ours, library))
+            share = 1000 * moved / speed / mine
+            rows.append({"name": name, "ours_us": mine, "library_us": theirs, "of_copy": share})
+            print(f"{name:<34}{mine:>10.1f}{theirs:>12.1f}{theirs / mine:>8.2f}{share:>11.0%}", flush=True)
+    if options.output is not None:
+        options.output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
