@@ -2,9 +2,10 @@
 
     python scripts/benchmark_kernels.py --model 7b --tokens 512 8192 --output kernels.json
 
-Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's: torch.compile
-of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. Medians of what
-triton.testing.do_bench times; the share of the time that reading and writing once would take at the speed of a copy.
+Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's:
+torch.compile of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. Medians
+of what triton.testing.do_bench times; `of a copy` is the share of that time in which a copy would move what must be
+read and written once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -58,8 +60,7 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     }
     for name, (given, moved) in arguments.items():
         function = getattr(pointwise, name)
-        compiled = torch.compile(function.plain)
-        yield name, lambda function=function, given=given: function(*given), lambda compiled=compiled, given=given: compiled(*given), moved  # fmt: skip
+        yield name, partial(function, *given), partial(torch.compile(function.plain), *given), moved
 
 
 def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
@@ -71,16 +72,14 @@ def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
             payload = backend.quantize(weight)
             moved = out.nbytes + sum(tensor.nbytes for tensor in payload)
 
-            def ours(added, backend=backend, payload=payload, out=out) -> None:
-                backend.dequantize_into(payload, out, added)
+            name, read = f"{backend.name} {shape[0]} x {shape[1]}", partial(library, payload, shape)
+            yield name, partial(backend.dequantize_into, payload, out, None), read, moved
+            added = partial(backend.dequantize_into, payload, out, lora)
+            yield f"{name} + LoRA", added, partial(read_and_add, read, lora), moved
 
-            def others(added, library=library, payload=payload, shape=shape) -> torch.Tensor:
-                made = library(payload, shape)
-                return made if added is None else made.addmm_(*added)
 
-            name = f"{backend.name} {shape[0]} x {shape[1]}"
-            yield name, lambda ours=ours: ours(None), lambda others=others: others(None), moved
-            yield f"{name} + LoRA", lambda ours=ours: ours(lora), lambda others=others: others(lora), moved
+def read_and_add(read: Call, lora: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return read().addmm_(*lora)
 
 
 def bitsandbytes_weight(payload: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
