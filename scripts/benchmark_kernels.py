@@ -41,7 +41,7 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     d, f, _, heads, kv_heads, _ = SHAPES[model]
     size = d // heads
     angle = torch.rand(tokens, size // 2, device="cuda")
-    rope = [f(angle).repeat(1, 2).to(DTYPE) for f in (torch.cos, torch.sin)]
+    rope = [turn(angle).repeat(1, 2).to(DTYPE) for turn in (torch.cos, torch.sin)]
     qkv = random(tokens, heads + 2 * kv_heads, size)
     gradients = [random(1, tokens, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
     x, dy, residual, rstd = (
