@@ -4,12 +4,12 @@ not, where it does not."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.estimate import Step, recomputed_blocks_that_fit
+from accessory.estimate import Step, estimate_training, recomputed_blocks_that_fit
 from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
 from accessory.models.llama import Llama
 from accessory.strategies import World
@@ -21,6 +21,7 @@ NAMES = {
     "compile": "compiled blocks",
     "graphs": "CUDA graphs",
     "padding_free": "padding-free",
+    "offload": "inputs of blocks in host memory",
 }
 
 
@@ -39,7 +40,7 @@ class Fast:
 
     def line(self) -> str:
         """For the summary."""
-        return ", ".join(name for part, name in NAMES.items() if part in self.active) or "nothing: fast=off"
+        return ", ".join(name for part, name in NAMES.items() if part in self.active) or "none of its parts"
 
     def warn(self) -> None:
         """Once, before training: what this run does without."""
@@ -62,7 +63,8 @@ def choose(config: Config, world: World) -> Fast:
 
 def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
     default = config.enabled if config.enabled is not None else device.type == "cuda"
-    return {part: default if getattr(config, part) is None else getattr(config, part) for part in NAMES}
+    parts = (part for part in NAMES if part != "offload")  # which depends on how many blocks are recomputed
+    return {part: default if getattr(config, part) is None else getattr(config, part) for part in parts}
 
 
 def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
@@ -81,15 +83,14 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
 def install(fast: Fast, config: Config, model: Llama) -> None:
     """Put the parts that are in the model in place; called last, when all else is."""
     _replace_blocks(fast, model)
-    model.model.recomputed = _blocks_to_recompute(config, model)
-    offload(fast, config.fast, model)
+    model.model.recomputed = _blocks_to_recompute(fast, config, model)
+    offload(fast, config, model)
 
 
 def _replace_blocks(fast: Fast, model: Llama) -> None:
     if "blocks" in fast.active and (obstacle := why_not_fused(model)) is not None:
-        fast.active.discard("blocks")
+        fast.active.discard("blocks")  # and compiled ones are no way out: they need Triton as well
         fast.why_not["blocks"] = obstacle
-        fast.take("compile", model.device.type == "cuda", None)
     if "blocks" in fast.active:
         fuse_blocks(model)
     elif "compile" in fast.active:
@@ -97,27 +98,42 @@ def _replace_blocks(fast: Fast, model: Llama) -> None:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
-def _blocks_to_recompute(config: Config, model: Llama) -> int:
+def _blocks_to_recompute(fast: Fast, config: Config, model: Llama) -> int:
     """As told, or as few as the GPU's memory allows."""
     told, blocks = config.train.checkpointing, len(model.model.layers)
     if told is not None or model.device.type == "cpu":
         return blocks if told else 0
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(model.device)
-    available = int(ROOM * (free + torch.cuda.memory_allocated(model.device)))
-    return recomputed_blocks_that_fit(model, largest_step(config, model), available)
+    available = int(ROOM * (free + torch.cuda.memory_reserved(model.device)))
+    step = largest_step(config, model)
+    if "graphs" not in fast.active:
+        return recomputed_blocks_that_fit(model, replace(step, captured=False), available)
+    # A graph keeps the memory of its step to itself, and the first step of every other shape runs beside it.
+    for recomputed in range(recomputed_blocks_that_fit(model, step, available), blocks):
+        parts = (estimate := estimate_training(model, step, recomputed)).parts
+        if estimate.peak + parts["activations"] + max(parts["loss"], parts["backward"]) <= available:
+            return recomputed
+    return blocks
 
 
 def largest_step(config: Config, model: Llama) -> Step:
     """The micro-batch that takes the most memory: every row as long as may be."""
-    return Step(config.train.batch_size, config.data.max_words, fused=model.model.fused)
+    rows, width, images = config.train.batch_size, config.data.max_words, None
+    if config.data.packing and model.image_words:
+        images = rows * (width // (model.image_words + 1))
+    return Step(rows, width, images, fused=model.model.fused)
 
 
-def offload(fast: Fast, config: FastConfig, model: Llama) -> None:
+def offload(fast: Fast, config: Config, model: Llama) -> None:
     """Once it is known how many blocks are recomputed: where all are, memory is what counts."""
-    recomputed, is_default = model.model.recomputed, config.offload is None
-    wanted = model.device.type == "cuda" and recomputed == len(model.model.layers) if is_default else config.offload
-    if "blocks" not in fast.active:
-        fast.take("offload", wanted and not is_default, "only fused blocks (fast.blocks) can")
-    elif wanted and recomputed:
-        fast.take("offload", True, None)
-        keep_on_host(model)
+    recomputed, told = model.model.recomputed, config.fast.offload
+    if told is None:
+        on_gpu = model.device.type == "cuda" and "blocks" in fast.active
+        wanted, obstacle = on_gpu and recomputed == len(model.model.layers), None
+    else:
+        wanted, obstacle = told, None if recomputed else "no block is recomputed (train.checkpointing)"
+        obstacle = obstacle if "blocks" in fast.active else "only fused blocks (fast.blocks) can"
+    fast.take("offload", wanted, obstacle)
+    if "offload" in fast.active:
+        keep_on_host(model, config.train.batch_size * config.data.max_words)

@@ -18,12 +18,19 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def working(module: str, otherwise: str) -> Optional[ModuleType]:
-    """The module of kernels called `module`, if they run on this machine. otherwise: what is to be said where not."""
+def obstacle(module: str) -> Optional[str]:
+    """Why the module of kernels called `module` does not run on this machine; None where it does."""
     try:
-        kernels = importlib.import_module(module)
-        kernels.try_out()
+        importlib.import_module(module).try_out()
     except Exception as error:  # of Triton, the compiler or the driver
-        log.warning("%s: %s", otherwise, first_line(error))
+        return first_line(error)
+    return None
+
+
+@functools.cache
+def working(module: str, otherwise: str) -> Optional[ModuleType]:
+    """The module, if it runs on this machine. otherwise: what is to be said where not."""
+    if (reason := obstacle(module)) is not None:
+        log.warning("%s: %s", otherwise, reason)
         return None
-    return kernels
+    return importlib.import_module(module)

@@ -84,7 +84,7 @@ class FinetuneModule(LightningModule):
     def _graphed_share(self, batch: dict[str, Any]) -> Tensor:
         if not self._micro:  # the first of an optimizer step
             self.graphed.zero()
-        scale = torch.tensor(1 / batch["answer_tokens"], device=self.device)
+        scale = torch.tensor(1 / batch["answer_tokens"])  # on the CPU: the graph's input takes it without waiting
         return self.graphed({name: batch[name] for name in GRAPH_INPUTS if name in batch} | {"scale": scale})
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

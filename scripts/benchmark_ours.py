@@ -14,6 +14,8 @@ from benchmark_steps import DTYPE, Batch, Step, System, eager_step
 
 from accessory.fused.graph import GraphedLoss
 
+TOKENS = 16 * 512  # of the largest micro-batch that is recomputed
+
 
 def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) -> tuple[Any, Callable]:
     """Our model, and its loss as a function of a batch; weights are made and quantized layer by layer. share: (rank,
@@ -43,7 +45,7 @@ def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) ->
     model.model.rotary_emb.to(steps.DEVICE)
     if case["compile"] and share is None:
         fuse_blocks(model)
-        keep_on_host(model)  # the inputs of recomputed blocks, as `--checkpointing` does
+        keep_on_host(model, TOKENS)  # the inputs of recomputed blocks, as `--checkpointing` does
     return model, lambda batch: batch_loss(model, batch, case["compile"]) / (batch["targets"] != -100).sum()
 
 

@@ -7,8 +7,8 @@ import torch
 from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_data, tiny_config, trainables
 
 import accessory
-from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.fast import Fast, choose, offload
+from accessory.config import Config, DataParallel, Precision
+from accessory.fast import Fast, choose, install, offload
 from accessory.finetune import finetune
 from accessory.fused.model import fuse_blocks
 from accessory.strategies import World
@@ -72,21 +72,41 @@ def test_a_cpu_that_is_asked_for_graphs_warns_and_trains_without(caplog):
 
 def test_the_summary_names_the_parts():
     assert Fast({"graphs", "blocks"}).line() == "fused blocks, CUDA graphs"
-    assert Fast().line() == "nothing: fast=off"
+    assert Fast().line() == "none of its parts"
 
 
 @pytest.mark.parametrize(
-    ("told", "recomputed", "active"),
-    [(None, 2, False), (True, 2, True), (True, 0, False), (False, 2, False)],
+    ("told", "recomputed", "fused", "active", "reason"),
+    [
+        (None, 2, True, False, None),
+        (True, 2, True, True, None),
+        (True, 0, True, False, "no block is recomputed"),
+        (True, 2, False, False, "only fused blocks"),
+        (False, 2, True, False, None),
+    ],
 )
-def test_inputs_go_to_host_memory_where_blocks_are_recomputed_and_it_is_wanted(told, recomputed, active, meta_folder):
+def test_inputs_go_to_host_memory_where_blocks_are_recomputed_and_it_is_wanted(
+    told, recomputed, fused, active, reason, meta_folder
+):
     model = accessory.load_model([meta_folder], quantization="nf4")
-    fast = Fast({"blocks"})
-    fuse_blocks(model)
+    fast = Fast({"blocks"} if fused else set())
+    if fused:
+        fuse_blocks(model)
     model.model.recomputed = recomputed
-    offload(fast, FastConfig(offload=told), model)
+    offload(fast, config(**{"fast.offload": told}), model)
     assert ("offload" in fast.active) == active
-    assert (model.model.layers[0].forward.host is not None) == active
+    assert (fused and model.model.layers[0].forward.host is not None) == active
+    assert (reason or "") in fast.why_not.get("offload", "")
+
+
+def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(meta_folder, monkeypatch):
+    """Compiled blocks are no way out: they need Triton as well."""
+    model = accessory.load_model([meta_folder], quantization="nf4")
+    monkeypatch.setattr("accessory.fast.why_not_fused", lambda _: "its kernels do not run here: no C compiler")
+    fast = Fast({"blocks", "padding_free"})
+    install(fast, config(**{"fast.compile": True}), model)
+    assert fast.active == {"padding_free"} and "no C compiler" in fast.why_not["blocks"]
+    assert not model.model.fused and "forward" not in vars(model.model.layers[0])
 
 
 @pytest.mark.parametrize(("batch_size", "accum_iter"), [(4, 1), (2, 2)])

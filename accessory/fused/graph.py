@@ -8,6 +8,7 @@ object.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from accessory.capture import capturing
 from accessory.errors import first_line
 
 log = logging.getLogger(__name__)
+MOST = 48  # graphs; each is some MB on the GPU, outside of what torch counts
 
 Batch = dict[str, Any]
 Key = tuple[tuple[str, tuple[int, ...]], ...]
@@ -48,15 +50,14 @@ class GraphedLoss:
         """Gradients are added to those that are there; `attach` them first, and zero them once a step."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         key = tuple(sorted((name, tuple(value.shape)) for name, value in tensors.items()))
-        if not self.works or (key not in self._captured and key not in self._seen):
+        if key not in self._captured and (key not in self._seen or len(self._captured) >= MOST or not self.works):
             self._seen.add(key)  # the first time as ever: kernels are compiled and chosen, which a capture must not do
-            return self._run(batch)
+            return self._run_without(batch)
         if key not in self._captured:
             try:
                 self._captured[key] = self._capture(batch, tensors)
             except RuntimeError as error:
-                self.works = False
-                log.warning("fast.graphs: not used any more, as a step could not be captured (%s)", first_line(error))
+                self._give_up(f"a step could not be captured ({first_line(error)})")
                 return self._run(batch)
         captured = self._captured[key]
         for name, value in captured.inputs.items():
@@ -72,6 +73,23 @@ class GraphedLoss:
     def zero(self) -> None:
         torch._foreach_zero_(self._gradients)
 
+    def _run_without(self, batch: Batch) -> Tensor:
+        """Graphs keep the memory of a step for themselves: where there is none left for one beside them, they go."""
+        try:
+            return self._run(batch)
+        except torch.OutOfMemoryError:
+            if not self._captured:
+                raise
+        self._give_up("their memory is needed for a step of another shape; recomputing more blocks makes room for both")
+        return self._run(batch)  # gradients are added at the end alone, so nothing was counted yet
+
+    def _give_up(self, reason: str) -> None:
+        self.works = False
+        self._captured.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        log.warning("fast.graphs: not used any more, as %s", reason)
+
     def _run(self, batch: Batch) -> Tensor:
         loss = self._loss(batch)
         found = torch.autograd.grad(loss, self._trainables, allow_unused=True)
@@ -80,7 +98,7 @@ class GraphedLoss:
         return loss.detach()
 
     def _capture(self, batch: Batch, tensors: dict[str, Tensor]) -> _Captured:
-        inputs = {name: value.clone() for name, value in tensors.items()}
+        inputs = {name: value.to(self._device, copy=True) for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, self._device, self._pool):
             loss = self._run(batch | inputs)

@@ -15,25 +15,43 @@ from torch import Tensor
 class HostStack:
     """push what forward is done with, pop it in backward. Captured by a CUDA graph like any other work."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, numbers: int):
+        """numbers: of the largest input, as far as known; one buffer of that size a block then serves every shape."""
+        self._device, self._numbers = device, numbers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}  # in host memory, pinned; kept for good
+        self._buffers: list[Tensor] = []  # in host memory, pinned
+        self._outgrown: list[Tensor] = []  # graphs may know their addresses
         self._held: list[Tensor] = []
         self._leaving: Optional[Tensor] = None  # on the device, while its copy is under way
         self._arriving: Optional[Tensor] = None  # the topmost of the stack, on its way back
         self._copies = False  # under way, or done and not waited for
 
+    def clear(self) -> None:
+        """Forget what a step that failed has left; called before each."""
+        if not self._held and self._arriving is None:
+            return
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._held.clear()
+        self._leaving = self._arriving = None
+        self._copies = False
+
     def push(self, x: Tensor) -> int:
         """Returns the place that `pop` wants to know."""
+        assert self._arriving is None
         self._wait()  # the one before has left: its memory is free again
-        key = len(self._held), x.shape, x.dtype
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=self._stream is not None)
-        self._held.append(self._buffers[key])
+        place = len(self._held)
+        if place == len(self._buffers) or self._buffers[place].numel() < x.numel():
+            self._outgrown += self._buffers[place : place + 1]
+            size = max(self._numbers, x.numel())
+            self._buffers[place:] = [
+                torch.empty(size, dtype=x.dtype, pin_memory=self._stream is not None),
+                *self._buffers[place + 1 :],
+            ]
+        self._held.append(self._buffers[place][: x.numel()].view(x.shape))
         self._leaving = x.detach()
         self._copy(self._held[-1], self._leaving)
-        return len(self._held) - 1
+        return place
 
     def pop(self, place: int) -> Tensor:
         assert place == len(self._held) - 1, "what was pushed last comes back first: one backward for each forward"

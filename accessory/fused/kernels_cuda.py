@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _rotate(x, cos, sin, token_stride, tokens, half: tl.constexpr, tile: tl.constexpr):
+def _rotate(x, cos, sin, token_stride, tokens, half, block: tl.constexpr, tile: tl.constexpr):
     token = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
-    column = tl.arange(0, half)[None, :]
+    column = tl.arange(0, block)[None, :]
     exists = (token < tokens) & (column < half)
     place = token * token_stride + tl.program_id(1) * 2 * half + column
     first = tl.load(x + place, mask=exists, other=0.0).to(tl.float32)
@@ -30,17 +30,19 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
     tokens, _, size = qkv.shape
     tile = 16
     with torch.cuda.device_of(qkv):
-        _rotate[(triton.cdiv(tokens, tile), rotated)](qkv, cos, sin, qkv.stride(0), tokens, size // 2, tile)
+        _rotate[(triton.cdiv(tokens, tile), rotated)](
+            qkv, cos, sin, qkv.stride(0), tokens, size // 2, triton.next_power_of_2(size // 2), tile
+        )
     return qkv
 
 
 @triton.jit
 def _rotate_back(
-    d, cos, sin, out, token_stride, head_stride, out_stride, tokens, length, batch_stride,
-    rotated: tl.constexpr, half: tl.constexpr, tile: tl.constexpr,
+    d, cos, sin, out, token_stride, head_stride, out_stride, tokens, length, batch_stride, half,
+    rotated: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
-    column = tl.arange(0, half)[None, :]
+    column = tl.arange(0, block)[None, :]
     exists = (token < tokens) & (column < half)
     head = tl.program_id(1)
     place = (token // length) * batch_stride + (token % length) * token_stride + head * head_stride + column
@@ -67,7 +69,7 @@ def rotate_back_(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, s
             d = d if d.stride(3) == 1 else d.contiguous()
             _rotate_back[(triton.cdiv(b * s, tile), count)](
                 d, cos, sin, out[:, first:], d.stride(2), d.stride(1), out.stride(0), b * s, s, d.stride(0),
-                first < sum(heads[:2]), size // 2, tile,
+                size // 2, first < sum(heads[:2]), triton.next_power_of_2(size // 2), tile,
             )  # fmt: skip
             first += count
     return out

@@ -4,8 +4,7 @@
     backward  dx = dy W + u A,   u = dy (s B)            dA = u^T x,   dB = s dy^T (x A^T),   db = sum over tokens of dy
 
 W exists in 16 bit only while it is multiplied. Where a backend's kernel can add s B A to the weight as it dequantizes
-(in fp32, rounded once), the adapter's share of y and of dx comes out of the same matmul: what is computed with is then
-what an export writes.
+(in fp32, rounded once), the adapter's share of y and of dx comes out of the same matmul.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ class Part:
     ranks: Optional[slice] = None
 
 
+MAX_RANK = 64  # what the kernels add to a weight
 FOLD_FROM = 1024  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
 
 
@@ -54,7 +54,8 @@ class Group:
             rows += layer.out_features
         self.rows, self.ranks, self.in_features = rows, ranks, self.parts[0].layer.in_features
         # In 16 bit a sum with a small adapter would round it away; a kernel that dequantizes has the weight in fp32.
-        self.can_fold = all(part.layer.can_fold for part in self.parts)
+        wide = max((part.a.shape[0] for part in self.parts if part.a is not None), default=0) > MAX_RANK
+        self.can_fold = not wide and all(part.layer.can_fold for part in self.parts)
         self.bias: Optional[Tensor] = None
         self._a: Optional[Tensor] = None
         self._b: dict[int, Tensor] = {}
@@ -83,6 +84,8 @@ class Group:
 
     def _weight(self, dtype: torch.dtype, folded: bool) -> Tensor:
         """The stacked weight [out of all, in]; plus s B A, if folded."""
+        if len(self.parts) == 1 and not folded:
+            return self.parts[0].layer.dequantize(dtype)  # an unquantized one is not copied
         device = self.parts[0].layer.payload[0].device
         weight = torch.empty(self.rows, self.in_features, dtype=dtype, device=device)
         for i, part in enumerate(self.parts):

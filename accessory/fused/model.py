@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accessory.fused.block import FusedBlock, FusedNorm
 from accessory.fused.host import HostStack
-from accessory.kernels import working
+from accessory.kernels import obstacle
 from accessory.models.llama import Llama
 
 
@@ -19,8 +19,8 @@ def why_not_fused(model: Llama) -> Optional[str]:
     for module in model.model.layers.modules():
         if isinstance(module, LoraLayer) and any(isinstance(d, nn.Dropout) for d in module.lora_dropout.values()):
             return "recipe.dropout is above 0"
-    if model.device.type == "cuda" and working("accessory.fused.kernels_cuda", "no fused blocks") is None:
-        return "their kernels do not run here"
+    if model.device.type == "cuda" and (reason := obstacle("accessory.fused.kernels_cuda")) is not None:
+        return f"its kernels do not run here: {reason}"
     return None
 
 
@@ -59,8 +59,9 @@ def fuse_blocks(model: Llama) -> None:
     model.model.fused = True
 
 
-def keep_on_host(model: Llama) -> None:
-    """Let recomputed blocks keep their input in host memory."""
-    stack = HostStack(model.device)
+def keep_on_host(model: Llama, tokens: int) -> None:
+    """Let recomputed blocks keep their input in host memory. tokens: of the largest micro-batch."""
+    stack = HostStack(model.device, tokens * model.config.hidden_size)
     for block in model.model.layers:
         block.forward.host = stack
+    model.model.register_forward_pre_hook(lambda *_: stack.clear() if torch.is_grad_enabled() else None)

@@ -69,11 +69,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def has_flash(q: Tensor) -> bool:
+    """Whether FlashAttention takes queries like q, [b, h, s, e]: 16 bit, Ampere or newer, heads of usual sizes."""
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    if not (q.is_cuda and is_half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
+        return False
+    return _flash_runs(q.device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _flash_runs(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Softmax attention. q: [b, h, s, e]; k, v: [b, k, keys, e], k dividing h -> [b, s, h, e]."""
     b, h, s, _ = q.shape
     if isinstance(mask, Segments):
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if has_flash(q):
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
             bounds, longest = mask
             # FlashAttention-2 (arXiv:2307.08691) of sequences of any lengths. torch.nn.attention.varlen wraps the same
@@ -83,8 +96,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             ]
             return out.unflatten(0, (b, s))
         mask = mask.matrix(b, s)
-    if h != k.shape[1] and not (q.is_cuda and mask is None):
-        # Repeated, not enable_gqa: with a mask, that option falls back to the slow kernel that holds [h, s, s].
+    if h != k.shape[1] and not (mask is None and has_flash(q)):
+        # Repeated, not enable_gqa: but for flash, that option means the slow kernel that holds [h, s, s].
         k, v = (t.repeat_interleave(h // k.shape[1], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and s > 1, enable_gqa=h != k.shape[1]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 COLUMNS = 256  # of the tile that a program writes
 ROWS, ROWS_WITH_LORA = 16, 32
-SCALES_PER_SCALE = 256  # double quantization: scales that share one of theirs
+MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
+HALF = torch.float16  # known to every GPU
 
 
 @triton.jit
@@ -97,5 +98,10 @@ def dequantize(
 
 
 def try_out() -> None:
-    levels = torch.zeros(1, dtype=torch.float32, device="cuda")
-    dequantize((torch.zeros(32, 1, dtype=torch.uint8, device="cuda"), levels), 64, (1, 64), torch.bfloat16)
+    """Each form once, on the smallest input (accessory.kernels)."""
+    packed, one = torch.zeros(32, 1, dtype=torch.uint8, device="cuda"), torch.ones(256, device="cuda")
+    doubly = packed, torch.zeros(1, dtype=torch.uint8, device="cuda"), one, one, one[0]
+    lora = (torch.zeros(1, MAX_RANK, dtype=HALF, device="cuda"), torch.zeros(MAX_RANK, 64, dtype=HALF, device="cuda"))
+    for payload in ((packed, one), doubly):
+        for added in (None, lora):
+            dequantize(payload, 64, (1, 64), HALF, lora=added)

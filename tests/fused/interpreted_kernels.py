@@ -36,8 +36,9 @@ def angles(tokens: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 @every_dtype
-def test_heads_turn_in_place_and_others_stay(dtype):
-    qkv, (cos, sin) = torch.randn(21, 7, 16, dtype=dtype), angles(21, 16, dtype)
+@pytest.mark.parametrize("size", [16, 20])
+def test_heads_turn_in_place_and_others_stay(size, dtype):
+    qkv, (cos, sin) = torch.randn(21, 7, size, dtype=dtype), angles(21, size, dtype)
     expected = pointwise.rotate_(qkv.clone(), cos, sin, 5)
     found = kernels_cuda.rotate_(qkv.clone(), cos, sin, 5)
     torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
@@ -45,10 +46,11 @@ def test_heads_turn_in_place_and_others_stay(dtype):
 
 
 @every_dtype
-def test_gradients_turn_back_from_any_strides(dtype):
-    heads = [torch.randn(3, 7, h, 16, dtype=dtype).transpose(1, 2) for h in (4, 2, 2)]
-    cos, sin = angles(21, 16, dtype)
-    out = torch.full((21, 8, 16), torch.nan, dtype=dtype)
+@pytest.mark.parametrize("size", [16, 20])
+def test_gradients_turn_back_from_any_strides(size, dtype):
+    heads = [torch.randn(3, 7, h, size, dtype=dtype).transpose(1, 2) for h in (4, 2, 2)]
+    cos, sin = angles(21, size, dtype)
+    out = torch.full((21, 8, size), torch.nan, dtype=dtype)
     expected = pointwise.rotate_back_(out.clone(), *heads, cos, sin)
     torch.testing.assert_close(kernels_cuda.rotate_back_(out, *heads, cos, sin), expected, **TOLERANCE[dtype])
 

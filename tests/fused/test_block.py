@@ -109,7 +109,7 @@ def test_inputs_that_lie_in_host_memory_come_back_to_their_blocks():
     hidden, gradients = run(tiny_model("nf4", torch.float32, WITH_LORA))
     model = tiny_model("nf4", torch.float32, WITH_LORA)
     fuse_blocks(model)
-    keep_on_host(model)
+    keep_on_host(model, IDS.numel())
     for recomputed in (2, 3):
         model.model.recomputed = recomputed
         for _ in range(2):
@@ -121,10 +121,25 @@ def test_inputs_that_lie_in_host_memory_come_back_to_their_blocks():
     assert model.model.layers[0].forward.host._held == []
 
 
+def test_a_step_that_fails_leaves_no_input_behind_for_the_next(monkeypatch):
+    _, gradients = run(tiny_model("nf4", torch.float32, WITH_LORA))
+    model = tiny_model("nf4", torch.float32, WITH_LORA)
+    fuse_blocks(model)
+    keep_on_host(model, IDS.numel())
+    model.model.recomputed = 3
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model.layers[2].forward, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model)
+    for _ in range(2):
+        _, found = run(model)
+        assert all(distance(found[name], gradient) < 1e-5 for name, gradient in gradients.items())
+
+
 def test_a_recomputed_block_does_not_repeat_its_last_matmul(monkeypatch):
     seen = []
-    dequantize = QuantLinear.dequantize_into
-    monkeypatch.setattr(QuantLinear, "dequantize_into", lambda layer, *a: seen.append(layer) or dequantize(layer, *a))
+    dequantize = QuantLinear.dequantize
+    monkeypatch.setattr(QuantLinear, "dequantize", lambda layer, dtype: seen.append(layer) or dequantize(layer, dtype))
     model = tiny_model("nf4", torch.float32, NORM_BIAS)
     fuse_blocks(model)
     model.model.recomputed = 3
