@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from accessory.errors import UserError, suggest
-from accessory.schema import describe, to_typed
+from accessory.schema import boolean_keys, describe, to_typed
 from accessory.shipped import CONFIG_DIR, group_options
 
 # Options with which Hydra shows something instead of running: what is required may still be unset.
@@ -23,7 +23,9 @@ _QUESTIONS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version")
 def check_composition(config_name: str, schema: type, argv: list[str]) -> None:
     """Compose once by ourselves, so that a wrong key or value is one line with a suggestion, not Hydra's report."""
     own = [word for word in argv if not word.startswith("-") and not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    overrides = [_first_choice(word) for word in own]
+    several = any(word in ("--multirun", "-m") for word in argv)
+    overrides = [_first_choice(word, several) for word in own]
+    _refuse_numbers_for_switches(own, schema)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             node = compose(config_name, overrides=overrides)
@@ -45,11 +47,23 @@ def parse_override(word: str) -> Override:
         raise UserError(f"{word}: expected --flag value, key=value or group=option; --help lists them") from None
 
 
-def _first_choice(word: str) -> str:
-    """An override as it is; of a sweep the first value."""
+def _refuse_numbers_for_switches(words: list[str], schema: type) -> None:
+    """OmegaConf takes any number for true: 3 of something would be lost without a word."""
+    switches = boolean_keys(schema)
+    for word in words:
+        override = parse_override(word)
+        if override.key_or_group in switches and type(override.value()) in (int, float):
+            raise UserError(f"{word}: must be true, false{switches[override.key_or_group]}")
+
+
+def _first_choice(word: str, several: bool) -> str:
+    """An override as it is; of a sweep the first value. several: whether a sweep is meant (--multirun)."""
     override = parse_override(word)
-    if override.value() is None and (options := group_options(override.key_or_group)):
+    options = group_options(override.key_or_group)
+    if options and (override.value() is None or isinstance(override.value(), (bool, int, float))):
         raise UserError(f"{word}: a group needs an option; known: {', '.join(options)}")
+    if override.is_sweep_override() and not several:
+        raise UserError(f"{word}: several values at once; add --multirun for a run with each")
     if override.key_or_group == "resume":
         raise UserError(f"{word}: resume is a group of keys; name the folder with --resume or resume.path=")
     if not override.is_sweep_override():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.estimate import Step, estimate_training, recomputed_blocks_that_fit
+from accessory.estimate import Step, graphs_fit, recomputed_blocks_that_fit
 from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
 from accessory.models.llama import Llama
 from accessory.strategies import World
@@ -83,8 +83,9 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
 def install(fast: Fast, config: Config, model: Llama) -> None:
     """Put the parts that are in the model in place; called last, when all else is."""
     _replace_blocks(fast, model)
-    model.model.recomputed = _blocks_to_recompute(fast, config, model)
+    model.model.recomputed = _blocks_to_recompute(config, model)
     offload(fast, config, model)
+    _spare_graphs(fast, config, model)
 
 
 def _replace_blocks(fast: Fast, model: Llama) -> None:
@@ -98,23 +99,29 @@ def _replace_blocks(fast: Fast, model: Llama) -> None:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
-def _blocks_to_recompute(fast: Fast, config: Config, model: Llama) -> int:
+def _blocks_to_recompute(config: Config, model: Llama) -> int:
     """As told, or as few as the GPU's memory allows."""
     told, blocks = config.train.checkpointing, len(model.model.layers)
     if told is not None or model.device.type == "cpu":
         return blocks if told else 0
+    return recomputed_blocks_that_fit(model, largest_step(config, model), _available(model.device))
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that this process can have on the GPU, the model's own among them."""
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(model.device)
-    available = int(ROOM * (free + torch.cuda.memory_reserved(model.device)))
-    step = largest_step(config, model)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(ROOM * (free + torch.cuda.memory_reserved(device)))
+
+
+def _spare_graphs(fast: Fast, config: Config, model: Llama) -> None:
+    """Where memory is short, steps are long, and a graph gains little: rather none than more blocks recomputed."""
     if "graphs" not in fast.active:
-        return recomputed_blocks_that_fit(model, replace(step, captured=False), available)
-    # A graph keeps the memory of its step to itself, and the first step of every other shape runs beside it.
-    for recomputed in range(recomputed_blocks_that_fit(model, step, available), blocks):
-        parts = (estimate := estimate_training(model, step, recomputed)).parts
-        if estimate.peak + parts["activations"] + max(parts["loss"], parts["backward"]) <= available:
-            return recomputed
-    return blocks
+        return
+    step = replace(largest_step(config, model), offloaded="offload" in fast.active)
+    if not graphs_fit(model, step, model.model.recomputed, _available(model.device)):
+        fast.active.discard("graphs")
+        fast.why_not["graphs"] = "there is no memory for a step beside the captured one (--batch_size, --max_words)"
 
 
 def largest_step(config: Config, model: Llama) -> Step:

@@ -49,3 +49,15 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:
         else:
             rows.append((prefix + item.name, default, field_docs(cls)[item.name]))
     return rows
+
+
+def boolean_keys(cls: type, prefix: str = "") -> dict[str, str]:
+    """The switches among the settings, and what else than true and false they may be, in words."""
+    found = {}
+    for item in fields(cls):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if is_dataclass(default):
+            found |= boolean_keys(type(default), f"{prefix}{item.name}.")
+        elif item.type in ("bool", "Optional[bool]"):
+            found[prefix + item.name] = " or null (unset)" if item.type.startswith("Optional") else ""
+    return found

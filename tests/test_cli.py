@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 import accessory
 from accessory.cli import finetune_main, run_command
+from accessory.composition import check_composition
 from accessory.config import (
     Config,
     DataConfig,
@@ -283,7 +284,7 @@ def refusal(monkeypatch, capsys):
         ("--output_dir x/${y}", ["output_dir", "'y' not found"]),
         ("recipe=null", ["recipe=null", "norm_bias_lora"]),
         ("logger=null", ["logger=null", "csv"]),
-        ("recipe=3", ["must be a string"]),
+        ("recipe=3", ["recipe=3", "known: ", "norm_bias"]),
         ("+optim.foo=1", ["unknown key optim.foo"]),
         ("++optim.lrr=1", ["unknown key optim.lrr", "did you mean optim.lr?"]),
         ("+optim.lrr=1,2 -m", ["unknown key optim.lrr", "did you mean optim.lr?"]),
@@ -572,3 +573,17 @@ def test_a_mistake_is_told_once_by_the_first_rank_or_by_the_rank_that_alone_met_
     with pytest.raises(SystemExit) as exit_:
         run_command(main)
     assert exit_.value.code == 2 and capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("fast=on,off", "add --multirun"),
+        ("fast=true", "known: auto, off, on"),
+        ("train.checkpointing=3", "must be true, false or null"),
+        ("recipe.bias=1", "must be true, false"),
+    ],
+)
+def test_a_sweep_without_multirun_and_a_number_for_a_switch_are_refused(word, message):
+    with pytest.raises(UserError, match=message):
+        check_composition("finetune", Config, [word, "model.pretrained_path=[x]", "data.data_config=y"])

@@ -41,6 +41,7 @@ from accessory.estimate import (
     counting,
     estimate_generation,
     estimate_training,
+    graphs_fit,
     held_bytes,
     payload_bytes,
     recomputed_blocks_that_fit,
@@ -449,3 +450,12 @@ def test_a_folder_that_describes_nothing_is_refused(tmp_path):
 
 def test_shapes_are_llama2s():
     assert SHAPES["70b"] == (8192, 28672, 80, 64, 8, 32000)
+
+
+def test_graphs_fit_where_a_step_has_room_beside_the_captured_one():
+    model = tiny(loaded=False)
+    step = Step(8, 512)
+    estimated = estimate_training(model, step, 0)
+    own = estimated.parts["activations"] + max(estimated.parts["loss"], estimated.parts["backward"])
+    assert graphs_fit(model, step, 0, estimated.peak + own)
+    assert not graphs_fit(model, step, 0, estimated.peak + own - 1)

@@ -25,7 +25,7 @@ CUDA context and fragmentation take comes on top (`OVERHEAD`).
 from accessory.estimate.counting import held_bytes, payload_bytes
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.parts import GIB, OVERHEAD, Estimate
-from accessory.estimate.training import Step, estimate_training, recomputed_blocks_that_fit
+from accessory.estimate.training import Step, estimate_training, graphs_fit, recomputed_blocks_that_fit
 from accessory.sizes import SHAPES
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Step",
     "estimate_generation",
     "estimate_training",
+    "graphs_fit",
     "held_bytes",
     "payload_bytes",
     "recomputed_blocks_that_fit",

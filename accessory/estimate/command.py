@@ -46,7 +46,10 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         fits = estimator.train(asked).peak <= memory - OVERHEAD
         figures |= {"gpu_memory": memory, "overhead": OVERHEAD, "fits": fits, "suggestions": dict(suggestions)}
     if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+        try:
+            output.write_text(json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {output}: cannot be written ({error.strerror})") from None
     return figures
 
 

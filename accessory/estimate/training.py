@@ -88,6 +88,14 @@ def recomputed_blocks_that_fit(model: Llama, step: Step, available_bytes: int) -
     return next(fitting, blocks)
 
 
+def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes: int) -> bool:
+    """Whether there is room for a captured step and one beside it: a graph keeps its step's memory to itself, and the
+    first step of every other shape, and validation, do without that."""
+    estimate = estimate_training(model, step, recomputed_blocks)
+    beside = estimate.parts["activations"] + max(estimate.parts["loss"], estimate.parts["backward"])
+    return estimate.peak + beside <= available_bytes
+
+
 def _peak(parts: dict[str, int]) -> int:
     held = sum(parts[name] for name in ("base", "trainables", "gradients", "optimizer", "workspace"))
     return held + max(parts["images"], parts["activations"] + max(parts["loss"], parts["backward"]))
