@@ -2,7 +2,7 @@
 bitsandbytes; litgpt and unsloth where they can be imported), each in its own process, same shapes, same tokens, in
 turns of a few steps; medians and quartiles.
 
-    python scripts/benchmark.py --preset issue --output results.json                   # what docs/performance.md shows
+    python scripts/benchmark.py --preset issue --profile --output results.json         # what docs/performance.md shows
     python scripts/benchmark.py --models 7b --recipes norm_bias norm_bias_lora --batches 4 16 --length 512
     python scripts/benchmark.py --models 13b --images nf4 16bit --systems ours --checkpointing yes --task both
     python scripts/benchmark.py --models tiny --steps 5 --batches 2 --length 64        # anywhere, in a minute
@@ -53,7 +53,7 @@ def main() -> None:
         "results": [],
     }
     deadline = float("inf") if options.minutes is None else begun + 60 * options.minutes
-    for rows in measure_all(cases, logs, deadline):
+    for rows in measure_all(cases, logs, deadline, options.profile):
         results["results"] += rows
         for row in rows:
             print(report.line(row), flush=True)
@@ -76,6 +76,8 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that the flags ask for; with a preset, those of it that they leave."""
     import torch
 
+    if options.profile and not torch.cuda.is_available():
+        raise SystemExit("--profile shows a GPU's time, and torch sees none here")
     compiled = not options.no_compile and torch.cuda.is_available()
     if options.preset is not None:
         cases = issue_preset(options.systems, compiled)
@@ -113,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=None, help="begin no case after so many")
+    parser.add_argument("--profile", action="store_true", help="a GPU's time by kind of kernel, of one step more")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures; logs go beside it")
     parser.add_argument("--commit", default=None, help="what was measured, where git cannot tell")
     parser.add_argument("--report", type=Path, default=None, help="write the tables of `results` into this document")

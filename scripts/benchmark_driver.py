@@ -83,9 +83,11 @@ def _last_line(log: Path) -> str:
     return lines[-1][:150] if lines else "no output"
 
 
-def measure_all(cases: list[Case], logs: Optional[Path] = None, deadline: float = float("inf")) -> Iterator[list[Row]]:
+def measure_all(
+    cases: list[Case], logs: Optional[Path] = None, deadline: float = float("inf"), profiled: bool = False
+) -> Iterator[list[Row]]:
     """A list of rows, one a system, for every case, as soon as it is done. deadline: time.monotonic() after which no
-    case is begun."""
+    case is begun; profiled: one more step of each, for the time of its kernels."""
     logs = logs or Path(tempfile.mkdtemp(prefix="benchmark-"))
     logs.mkdir(parents=True, exist_ok=True)
     groups = grouped(cases)
@@ -101,9 +103,8 @@ def measure_all(cases: list[Case], logs: Optional[Path] = None, deadline: float 
                 _build(team)
             for case in group:
                 late = time.monotonic() >= deadline
-                yield _measure_case(
-                    case, {s: team[s] for s in case["systems"]}, "not begun: no time left" if late else ""
-                )
+                systems = {s: team[s] for s in case["systems"]}
+                yield _measure_case(case, systems, "not begun: no time left" if late else "", profiled)
             for process in team.values():
                 process.close()
     finally:
@@ -125,7 +126,7 @@ def _build(team: dict[str, Process]) -> None:
         _note_failure(process, process.built)
 
 
-def _measure_case(case: Case, team: dict[str, Process], unbegun: str) -> list[Row]:
+def _measure_case(case: Case, team: dict[str, Process], unbegun: str, profiled: bool) -> list[Row]:
     if unbegun:
         return [_shared(case, system) | {"error": unbegun} for system in team]
     turns, crowded = _take_turns(case, team, crowded=False), False
@@ -133,6 +134,8 @@ def _measure_case(case: Case, team: dict[str, Process], unbegun: str) -> list[Ro
         turns, crowded = _take_turns(case, team, crowded=True), True
     rows = [_row(case, process, turns[system], crowded) for system, process in team.items()]
     _compare(rows)
+    if profiled:
+        _profile(case, team, rows, crowded)
     return rows
 
 
@@ -141,7 +144,7 @@ def _take_turns(case: Case, team: dict[str, Process], crowded: bool) -> dict[str
     for several at once, nobody has."""
     turns: dict[str, list[dict[str, Any]]] = {system: [] for system in team}
     order = list(team)
-    shown = {key: value for key, value in case.items() if key != "systems"}
+    shown = _sent(case)
     first = case["warmup"]
     for process in team.values():
         if process.error is None:
@@ -163,8 +166,23 @@ def _take_turns(case: Case, team: dict[str, Process], crowded: bool) -> dict[str
     return turns
 
 
+def _profile(case: Case, team: dict[str, Process], rows: list[Row], crowded: bool) -> None:
+    """Into the rows of what did not fail; a step more than all that were timed."""
+    for row in rows:
+        if "error" not in row:
+            process = team[row["system"]]
+            row["profile"] = process.ask(do="profile", case=_sent(case), first=case["warmup"] + case["steps"])
+            if crowded:
+                process.ask(do="release")
+
+
+def _sent(case: Case) -> dict[str, Any]:
+    """What of a case a worker is told; the same every time, as a worker warms up for another."""
+    return {key: value for key, value in case.items() if key != "systems"}
+
+
 def _shared(case: Case, system: str) -> Row:
-    return {"system": system, **{key: value for key, value in case.items() if key != "systems"}}
+    return {"system": system, **_sent(case)}
 
 
 def _row(case: Case, process: Process, turns: list[dict[str, Any]], crowded: bool) -> Row:

@@ -86,6 +86,9 @@ def tabulate(results: dict[str, Any]) -> str:
         chosen = [row for row in rows if row["task"] == task]
         if chosen:
             parts.append(f"### {title}\n\n" + _table(task, chosen, machine))
+    profiled = [row for row in rows if row.get("profile", {}).get("kernels")]
+    if profiled:
+        parts.append("### Where a step's time goes, ms\n\n" + _profiles(profiled))
     notes = sorted({f"{_name(row)}: {note}" for row in rows for note in row.get("notes", [])})
     crowded = sorted({_shape(row) for row in rows if row.get("crowded")})
     if crowded:
@@ -138,6 +141,21 @@ def _table(task: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> st
         if share:
             cells.append(f"{row['tokens_per_s'] * flops_per_token(row) / peak / 1e10:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _profiles(rows: list[dict[str, Any]]) -> str:
+    """A step of each system, by kind of kernel. What its kernels leave of the median step is time in which the GPU
+    waits for its next one."""
+    kinds = list(rows[0]["profile"]["by_kind"])
+    lines = ["| | system | kernels | " + " | ".join(kinds) + " | idle |", "|---" * (4 + len(kinds)) + "|"]
+    last = ""
+    for row in rows:
+        shape, last = (_shape(row), _shape(row)) if _shape(row) != last else ("", last)
+        profile = row["profile"]
+        idle = max(0.0, row["ms_per_step"] - profile["busy_ms"])
+        figures = [f"{value:.1f}" for value in (*(profile["by_kind"][kind] for kind in kinds), idle)]
+        lines.append("| " + " | ".join([shape, _name(row), f"{profile['kernels']:,}", *figures]) + " |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ waits for its answer, before it asks the next.
     (at the start)                                                      {"imported": true}
     {"do": "build"}                                                     {"build_s": …, "trainable": …, "held_gib": …}
     {"do": "turn", "case": …, "first": 5, "count": 5, "settle": 1}      {"seconds": […], "tokens": […], "peak_gib": …}
+    {"do": "profile", "case": …, "first": 25}                           {"busy_ms": …, "kernels": …, "by_kind": …}
     {"do": "release"}                                                   {"held_gib": …}
 
 A turn starts with the case's warm-up where the case is new, or was released, and with `settle` steps otherwise; then
@@ -74,19 +75,12 @@ class Worker:
                 "held_gib": _held_gib()}  # fmt: skip
 
     def turn(self, request: dict[str, Any]) -> Reply:
-        from benchmark_steps import reset_peak, timed
+        from benchmark_steps import timed
 
         from accessory.callbacks import peak_memory_gib
 
         case, first = request["case"], request["first"]
-        unmeasured = request["settle"]
-        if self.case != case:
-            self.release(request)
-            reset_peak()  # before the warm-up: a CUDA graph takes its memory when it is captured
-            self._prepare(case)
-            unmeasured = case["warmup"]
-        for number in range(first - unmeasured, first):
-            self.step(self._batch(case, number)[0])
+        self._warm_up(case, first, request["settle"])
         batches = [self._batch(case, number) for number in range(first, first + request["count"])]
         values: list[Any] = []
         seconds = [timed(lambda batch=batch: values.append(self.step(batch))) for batch, _ in batches]
@@ -95,6 +89,26 @@ class Worker:
             raise ValueError(f"the loss is not finite: {losses}")
         return {"seconds": seconds, "tokens": [count for _, count in batches], "peak_gib": peak_memory_gib(),
                 "loss": losses[-1] if losses else None}  # fmt: skip
+
+    def profile(self, request: dict[str, Any]) -> Reply:
+        from benchmark_profile import profile_step
+
+        case, first = request["case"], request["first"]
+        self._warm_up(case, first, settle=1)
+        batch, _ = self._batch(case, first)
+        return profile_step(lambda: self.step(batch))
+
+    def _warm_up(self, case: dict[str, Any], first: int, settle: int) -> None:
+        """The steps before `first`: settle of them, or all that a case needs which is new here."""
+        from benchmark_steps import reset_peak
+
+        if self.case != case:
+            self.release({})
+            reset_peak()  # before the warm-up: a CUDA graph takes its memory when it is captured
+            self._prepare(case)
+            settle = case["warmup"]
+        for number in range(first - settle, first):
+            self.step(self._batch(case, number)[0])
 
     def release(self, request: dict[str, Any]) -> Reply:
         """Let go of what a case holds besides the model: optimizer, captured graphs, cached blocks."""
@@ -136,7 +150,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def answer(self, request: dict[str, Any]) -> Reply:
-        handlers = {"build": self.build, "turn": self.turn, "release": self.release}
+        handlers = {"build": self.build, "turn": self.turn, "profile": self.profile, "release": self.release}
         try:
             return handlers[request["do"]](request)
         except Exception as error:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark
 import benchmark_driver as driver
 import benchmark_lengths as lengths
+import benchmark_profile as profiling
 import benchmark_report as report
 from benchmark_cases import SHAPES, can_do, complete, flops_per_token, grouped, issue_preset, linear_shapes
 
@@ -203,3 +204,46 @@ def test_the_command_runs_anywhere_and_writes_what_the_report_reads(tmp_path):
 def test_the_command_that_is_reported_names_no_folder():
     words = ["--preset", "issue", "--output", "/somewhere/r.json", "--models", "7b", "--commit=abc", "--steps", "5"]
     assert benchmark.repeatable(words) == ["--preset", "issue", "--models", "7b", "--steps", "5"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matrix products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, cutlass::bfloat16_t>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "16-bit weights"),
+        ("_nf4_weight", "16-bit weights"),
+        ("_int4_weight", "16-bit weights"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>",
+         "optimizer, clipping"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", profiling.REST),
+        ("_norm_backward", profiling.REST),
+    ],
+)  # fmt: skip
+def test_a_kernels_name_says_what_it_does(kernel, kind):
+    assert profiling.kind_of(kernel) == kind
+
+
+def test_a_profiled_step_is_a_line_by_kind_with_what_the_gpu_waits(measured, tmp_path):
+    row = dict(measured["cases"][0][0], ms_per_step=10.0)
+    row["profile"] = profiling.add_up([("nvjet_a", 1500.0), ("nvjet_a", 2500.0), ("_nf4_weight", 2000.0)])
+    assert row["profile"]["longest"][0] == ["nvjet_a", 2, 4.0] and row["profile"]["kernels"] == 3
+    document = tmp_path / "performance.md"
+    source = tmp_path / "results.json"
+    source.write_text(json.dumps(results([row])))
+    report.write(document, [source])
+    lines = document.read_text().split("### Where a step's time goes, ms")[1].strip().splitlines()
+    head, figures = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2))
+    found = dict(zip(head, figures, strict=True))
+    assert found["kernels"] == "3" and found["matrix products"] == "4.0" and found["16-bit weights"] == "2.0"
+    assert found["idle"] == "4.0" and found["attention"] == "0.0"
+
+
+def test_a_profile_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--profile"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="GPU"):
+        benchmark.chosen(benchmark.arguments())

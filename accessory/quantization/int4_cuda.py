@@ -20,7 +20,7 @@ MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into 
 
 
 @triton.jit
-def _kernel(
+def _int4_weight(
     codes, scales, zeros, g_idx, lora_b, lora_a, out, rows, in_features, row_bytes, groups, out_stride,
     group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, regular: tl.constexpr,
     rank: tl.constexpr, padded_rank: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
@@ -91,7 +91,7 @@ def dequantize(
     tile_rows = ROWS_WITH_LORA if lora else ROWS
     grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
     with torch.cuda.device_of(codes):
-        _kernel[grid](
+        _int4_weight[grid](
             codes, scales, zeros, g_idx[0] if g_idx else codes, b, a, out, rows, in_features, codes.shape[1], groups,
             out.stride(0), group_size, bits, bool(g_idx), regular, rank, max(16, triton.next_power_of_2(rank)),
             tile_rows, COLUMNS,

@@ -24,7 +24,7 @@ HALF = torch.float16  # known to every GPU
 
 
 @triton.jit
-def _kernel(
+def _nf4_weight(
     packed, absmax, codebook, scales, mean, levels, lora_b, lora_a, out, rows, in_features, out_stride,
     blocksize: tl.constexpr, double_quant: tl.constexpr, rank: tl.constexpr, padded_rank: tl.constexpr,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
@@ -89,7 +89,7 @@ def dequantize(
     tile_rows = ROWS_WITH_LORA if lora else ROWS
     grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
     with torch.cuda.device_of(packed):
-        _kernel[grid](
+        _nf4_weight[grid](
             words, absmax, codebook, scales, mean, _levels(packed.device), b, a, out, rows, in_features,
             out.stride(0), blocksize, bool(second), rank, max(16, triton.next_power_of_2(rank)), tile_rows, COLUMNS,
             enable_fp_fusion=False,  # scale * scale + mean in one rounding would not be bitsandbytes' weight
