@@ -200,6 +200,7 @@ def _row(case: Case, process: Process, turns: list[dict[str, Any]], crowded: boo
         "ms_range": [1000 * min(seconds), 1000 * max(seconds)],
         "round_tokens_per_s": [rate(turn["seconds"], turn["tokens"]) for turn in turns],
         "peak_gib": max(turn["peak_gib"] for turn in turns),
+        "estimate_gib": turns[-1].get("estimate_gib"),
         "held_gib": process.built.get("held_gib"), "trainable": process.built["trainable"],
         "build_s": process.built["build_s"], "notes": process.built["notes"], "crowded": crowded,
         "loss": turns[-1]["loss"], "turns": [[turn["began"], turn["ended"]] for turn in turns],

@@ -95,7 +95,25 @@ def generate_once(model: Any, case: dict[str, Any]) -> None:
         pass
 
 
+def estimate(model: Any, case: dict[str, Any]) -> Optional[float]:
+    """GiB, as accessory-estimate and the summary of a run have it; None where the number of rows differs."""
+    from accessory import estimate as estimating
+
+    if case["task"] == "lengths":
+        return None
+    batch, length = case["batch"], case["length"]
+    images = batch if case["images"] else 0
+    if case["task"] == "generate":
+        found = estimating.estimate_generation(model, batch, length, case["new_tokens"], DTYPE, images)
+        return found.peak / estimating.GIB
+    on, fused = case["checkpointing"], case["compile"]
+    step = estimating.Step(batch, length, images, dtype=DTYPE, fused=fused, captured=fused, offloaded=on and fused)
+    return estimating.estimate_training(model, step, on * len(model.model.layers)).peak / estimating.GIB
+
+
 def ours(group: dict[str, Any]) -> System:
+    from accessory import decoding
+
     model, loss = build_ours(group)
     vocab = model.config.vocab_size
 
@@ -108,6 +126,8 @@ def ours(group: dict[str, Any]) -> System:
         rows=lambda case, number: packed_rows(case, vocab, number),
         train_step=train_step,
         generate=partial(generate_once, model),
+        estimate=partial(estimate, model),
+        release=partial(decoding.release, model),
     )  # fmt: skip
 
 

@@ -20,9 +20,9 @@ START = f"""# Speed and memory
 LLaMA2's shapes with random weights, made and quantized on the device, so nothing is downloaded. Each system is a
 process of its own and takes turns with the others, a few steps at a time, on the same tokens. A training step is
 forward, backward, clipping and AdamW on one micro-batch; peak memory is what the process has allocated on the GPU, its
-model included. *ours is* gives how many times the other's tokens/s ours has: the median of the rounds, and the range.
-*Of the product's rate* is the share of the measured matrix product's rate that the frozen weights' arithmetic alone
-accounts for. What could not run says why.
+model included, and in brackets what `accessory-estimate` says. *ours is* gives how many times the other's tokens/s ours
+has: the median of the rounds, and the range. *Of the product's rate* is the share of the measured matrix product's rate
+that the frozen weights' arithmetic alone accounts for. What could not run says why.
 
 {BEGIN}
 {END}
@@ -55,7 +55,7 @@ def line(row: dict[str, Any]) -> str:
     low, high = row["ms_quartiles"]
     return (
         f"{head}{row['tokens_per_s']:>9,.0f} {row['ms_per_step']:>8,.1f} {f'{low:,.1f}-{high:,.1f}':>15} "
-        f"{row['peak_gib']:>8.2f}  {_times(row)}"
+        f"{row['peak_gib']:>8.2f}{_estimate(row)}  {_times(row)}"
     ).rstrip()
 
 
@@ -126,7 +126,8 @@ def _table(task: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> st
     peak = machine.get("matmul_tflops", {}).get(" ".join([str(machine.get("square"))] * 3))
     share = "| of the product's rate " if task == "train" and peak else ""
     dashes = "|---" * (7 if share else 6)
-    lines = [f"| | system | tokens/s | ms a step, median (quartiles) | peak GiB | ours is {share}|", f"{dashes}|"]
+    peaks = "peak GiB (estimate)" if any(map(_estimate, rows)) else "peak GiB"
+    lines = [f"| | system | tokens/s | ms a step, median (quartiles) | {peaks} | ours is {share}|", f"{dashes}|"]
     last = ""
     for row in rows:
         shape, last = (_shape(row), _shape(row)) if _shape(row) != last else ("", last)
@@ -137,7 +138,7 @@ def _table(task: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> st
         rate = row["tokens_per_s"]
         milliseconds = f"{row['ms_per_step']:,.1f} ({low:,.1f} to {high:,.1f})"
         cells = [shape, _name(row), f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}", milliseconds]
-        cells += [f"{row['peak_gib']:.2f}", _times(row)]
+        cells += [f"{row['peak_gib']:.2f}" + _estimate(row), _times(row)]
         if share:
             cells.append(f"{row['tokens_per_s'] * flops_per_token(row) / peak / 1e10:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
@@ -157,6 +158,10 @@ def _profiles(rows: list[dict[str, Any]]) -> str:
         figures = [f"{value:.1f}" for value in (*(profile["by_kind"][kind] for kind in kinds), idle)]
         lines.append("| " + " | ".join([shape, _name(row), f"{profile['kernels']:,}", *figures]) + " |")
     return "\n".join(lines)
+
+
+def _estimate(row: dict[str, Any]) -> str:
+    return f" ({row['estimate_gib']:.2f})" if row.get("estimate_gib") else ""
 
 
 def _name(row: dict[str, Any]) -> str:

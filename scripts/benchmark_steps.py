@@ -58,6 +58,10 @@ class System:
     train_step: Callable[[nn.Module, Callable[[Batch], Tensor], dict[str, Any]], Step] = eager_step
     generate: Optional[Callable[[dict[str, Any]], None]] = None
     """Answer `batch` prompts of `length` tokens with `new_tokens` more."""
+    estimate: Optional[Callable[[dict[str, Any]], Optional[float]]] = None
+    """GiB that a case will take at most, as the system says by itself."""
+    release: Callable[[], None] = lambda: None
+    """Let go of what a case left in the model."""
     notes: list[str] = field(default_factory=list)
     """What differs from the other systems, for the report."""
 

@@ -8,7 +8,8 @@ waits for its answer, before it asks the next.
 
     (at the start)                                                      {"imported": true}
     {"do": "build"}                                                     {"build_s": …, "trainable": …, "held_gib": …}
-    {"do": "turn", "case": …, "first": 5, "count": 5, "settle": 1}      {"seconds": […], "tokens": […], "peak_gib": …}
+    {"do": "turn", "case": …, "first": 5, "count": 5, "settle": 1}      {"seconds": […], "tokens": […], "peak_gib": …,
+                                                                         "estimate_gib": …, "loss": …}
     {"do": "profile", "case": …, "first": 25}                           {"busy_ms": …, "kernels": …, "by_kind": …}
     {"do": "release"}                                                   {"held_gib": …}
 
@@ -75,6 +76,7 @@ class Worker:
                 "held_gib": _held_gib()}  # fmt: skip
 
     def turn(self, request: dict[str, Any]) -> Reply:
+        import torch
         from benchmark_steps import timed
 
         from accessory.callbacks import peak_memory_gib
@@ -87,7 +89,9 @@ class Worker:
         losses = [float(value) for value in values if value is not None]
         if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
             raise ValueError(f"the loss is not finite: {losses}")
+        estimate = self.system.estimate
         return {"seconds": seconds, "tokens": [count for _, count in batches], "peak_gib": peak_memory_gib(),
+                "estimate_gib": estimate(case) if estimate and torch.cuda.is_available() else None,
                 "loss": losses[-1] if losses else None}  # fmt: skip
 
     def profile(self, request: dict[str, Any]) -> Reply:
@@ -116,6 +120,7 @@ class Worker:
         if self.system is not None:
             for parameter in self.system.model.parameters():
                 parameter.grad = None
+            self.system.release()
         self._free()
         return {"held_gib": _held_gib()}
 
