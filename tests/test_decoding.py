@@ -208,18 +208,22 @@ def test_nothing_stays_in_memory_when_the_model_goes():
 
 
 @gpu_test
-def test_captured_logits_in_bf16_are_those_of_the_plain_step_within_its_rounding():
+def test_captured_logits_in_bf16_are_as_near_to_fp32_as_the_plain_steps():
     from accessory import decoding_cuda
     from accessory.generation import _logits
 
-    model = gpu_model(dtype=torch.bfloat16)
     ids, token = torch.tensor([PROMPTS[2]], device="cuda"), torch.tensor([17], device="cuda")
-    with torch.inference_mode():
-        decoder = decoding.Decoder(model, 1, 256, decoding_cuda)
-        decoder.capture(model)
-        decoder.cache.length = 0
-        _logits(model, decoder.cache, ids, None)
-        decoder.start(model, torch.zeros(1, dtype=torch.int64, device="cuda"))
-        found = decoder.step(token)
-        expected = _logits(model, decoder.cache, token[:, None], None)
-    assert (found - expected).norm() < 2**-6 * expected.norm()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = gpu_model(dtype=dtype)
+        with torch.inference_mode():
+            decoder = decoding.Decoder(model, 1, 256, decoding_cuda)
+            decoder.capture(model)
+            decoder.cache.length = 0
+            _logits(model, decoder.cache, ids, None)
+            decoder.start(model, torch.zeros(1, dtype=torch.int64, device="cuda"))
+            found["captured", dtype] = decoder.step(token)
+            found["plain", dtype] = _logits(model, decoder.cache, token[:, None], None)
+    exact = found["plain", torch.float32]
+    captured, plain = ((found[way, torch.bfloat16] - exact).norm() for way in ("captured", "plain"))
+    assert captured < 1.25 * plain and plain < 0.05 * exact.norm()

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 256  # of the tile that a program writes
-ROWS, ROWS_WITH_LORA = 16, 32
+TILE, TILE_WITH_LORA = (16, 256), (32, 256)  # rows and columns that a program writes
+WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 
 
@@ -86,15 +86,15 @@ def dequantize(
     b, a = lora or (out, out)
     rank = b.shape[1] if lora else 0
     group_size = in_features // groups
-    whole_groups = COLUMNS % group_size == 0 or group_size % COLUMNS == 0
+    tile_rows, tile_columns = TILE_WITH_LORA if lora else TILE
+    whole_groups = tile_columns % group_size == 0 or group_size % tile_columns == 0
     regular = bits in (4, 8) and not g_idx and whole_groups
-    tile_rows = ROWS_WITH_LORA if lora else ROWS
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, tile_columns))
     with torch.cuda.device_of(codes):
         _int4_weight[grid](
             codes, scales, zeros, g_idx[0] if g_idx else codes, b, a, out, rows, in_features, codes.shape[1], groups,
             out.stride(0), group_size, bits, bool(g_idx), regular, rank, max(16, triton.next_power_of_2(rank)),
-            tile_rows, COLUMNS,
+            tile_rows, tile_columns, num_warps=WARPS_WITH_LORA if lora else WARPS,
         )  # fmt: skip
     return out
 

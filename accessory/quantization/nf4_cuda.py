@@ -17,8 +17,8 @@ import triton.language as tl
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
-COLUMNS = 256  # of the tile that a program writes
-ROWS, ROWS_WITH_LORA = 16, 32
+TILE, TILE_WITH_LORA = (16, 256), (32, 256)  # rows and columns that a program writes
+WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 HALF = torch.float16  # known to every GPU
 
@@ -33,23 +33,22 @@ def _nf4_weight(
     first = tl.program_id(1) * tile_columns
     exists = row[:, None] < rows
 
-    block = first // blocksize + tl.arange(0, tile_columns // blocksize)
-    place = row[:, None] * (in_features // blocksize) + block[None, :]
-    held = exists & (block[None, :] < in_features // blocksize)
-    if double_quant:
-        code = tl.load(absmax + place, mask=held, other=0).to(tl.int32)
-        scale = tl.load(codebook + code) * tl.load(scales + place // 256, mask=held, other=0.0) + tl.load(mean)
-    else:
-        scale = tl.load(absmax + place, mask=held, other=0.0)
-
     word = first // 8 + tl.arange(0, tile_columns // 8)
     inside = exists & (word[None, :] < in_features // 8)
+    # A scale for each word of eight codes, though a block has one: of fewer than one load a thread, Triton 3.7 makes
+    # one for every element.
+    place = row[:, None] * (in_features // blocksize) + (word * 8 // blocksize)[None, :]
+    if double_quant:
+        code = tl.load(absmax + place, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(codebook + code) * tl.load(scales + place // 256, mask=inside, other=0.0) + tl.load(mean)
+    else:
+        scale = tl.load(absmax + place, mask=inside, other=0.0)
+
     eight = tl.load(packed + row[:, None] * (in_features // 8) + word[None, :], mask=inside, other=0)
     nibble = tl.arange(0, 8)
     shift = (nibble // 2) * 8 + (1 - nibble % 2) * 4  # the first of two is the high one
     code = (eight[:, :, None] >> shift[None, None, :]) & 15
-    weight = tl.reshape(tl.load(levels + code), (tile_rows, tile_columns // blocksize, blocksize)) * scale[:, :, None]
-    weight = tl.reshape(weight, (tile_rows, tile_columns))
+    weight = tl.reshape(tl.load(levels + code) * scale[:, :, None], (tile_rows, tile_columns))
 
     column = first + tl.arange(0, tile_columns)
     if rank > 0:
@@ -86,12 +85,13 @@ def dequantize(
     b, a = lora or (out, out)
     rank = b.shape[1] if lora else 0
     words = packed.flatten().view(torch.int32)
-    tile_rows = ROWS_WITH_LORA if lora else ROWS
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, COLUMNS))
+    tile_rows, tile_columns = TILE_WITH_LORA if lora else TILE
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, tile_columns))
     with torch.cuda.device_of(packed):
         _nf4_weight[grid](
             words, absmax, codebook, scales, mean, _levels(packed.device), b, a, out, rows, in_features,
-            out.stride(0), blocksize, bool(second), rank, max(16, triton.next_power_of_2(rank)), tile_rows, COLUMNS,
+            out.stride(0), blocksize, bool(second), rank, max(16, triton.next_power_of_2(rank)),
+            tile_rows, tile_columns, num_warps=WARPS_WITH_LORA if lora else WARPS,
             enable_fp_fusion=False,  # scale * scale + mean in one rounding would not be bitsandbytes' weight
         )  # fmt: skip
     return out
