@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, TILE_WITH_LORA = (16, 256), (32, 256)  # rows and columns that a program writes
+TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 

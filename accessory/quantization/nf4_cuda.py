@@ -17,7 +17,7 @@ import triton.language as tl
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
-TILE, TILE_WITH_LORA = (16, 256), (32, 256)  # rows and columns that a program writes
+TILE, TILE_WITH_LORA = (16, 256), (16, 256)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 HALF = torch.float16  # known to every GPU
