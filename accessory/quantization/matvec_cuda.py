@@ -5,10 +5,13 @@ A token's forward pass is bound by the bytes of the weights. To dequantize and m
 
     y[m, o] = sum over words w of   scale[o, w] * (sum over the weights i of w of   value(code[o, i]) * x[m, i])
 
-A word holds 8 codes, which share a scale: 4 bytes at 4 bits. A thread takes a word at a time, so a warp reads 128
-neighbouring bytes of a row, and the same thread reads the 8 numbers of x that go with it (16 bytes of bf16). Nothing
-passes through shared memory before the last sum; some rows of W share x's loads, and all their words are asked for
-before the first is used. No row needs to be split among programs: even 1024 x 8192 fills the GPU, row by row.
+A word holds 8 codes, which share a scale: 4 bytes at 4 bits. A thread takes one or two words at a time, so a warp reads
+128 or 256 neighbouring bytes of a row, and the same thread reads the numbers of x that go with them. Nothing passes
+through shared memory before the last sum; some rows of W share x's loads, and all their words are asked for before the
+first is used. No row needs to be split among programs: even 1024 x 8192 fills the GPU, row by row.
+
+What bounds it is not memory but the instructions that unpack: 1.1 TB/s at 10 a weight on an H200. Hence the shuffles of
+nf4_lookup_cuda and the mantissas of `_coded`, which take 5 and 6 in all.
 
 The order of additions depends on the shapes alone, so results do not change from run to run. Sums are fp32; NF4's
 values are fp32 too (the dequantized weight is rounded to x's dtype), int4's are not rounded to float16 before the
@@ -17,11 +20,9 @@ product. Written for Triton, and for its interpreter, which runs them on a CPU (
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Optional
 
-import bitsandbytes.functional as bnb
 import torch
 import triton
 import triton.language as tl
@@ -29,16 +30,19 @@ from torch import Tensor
 
 from accessory.quantization.int4 import Int4
 from accessory.quantization.nf4 import NF4
+from accessory.quantization.nf4_lookup_cuda import eight_values, shuffles, values_of_codes
 
-# Unpacking a weight takes about 6 instructions, a row of x one more and its share of the loads of x: 8 rows take some
-# two or three times as long as one, where dequantizing moves nine times the bytes. For 16 the sums would fill the
+# Unpacking a weight takes about 4 instructions, a row of x one more and its share of the loads of x: 8 rows take some
+# three or four times as long as one, where dequantizing moves nine times the bytes. For 16 the sums would fill the
 # registers, at the cost of loads in flight.
 MAX_ROWS = 8
 WARPS = 4
-BLOCK = 32 * WARPS  # a word a thread
+BLOCK = 32 * WARPS  # a load a thread
 PROGRAMS = 1024  # wanted at least, for 132 multiprocessors of 8 programs each
-TILES = {1: (4, 2), 2: (4, 2), 4: (4, 1), 8: (4, 1)}  # rows of x -> rows of W in a program, words of each in flight
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits -> the type that holds 8 weights
+TILES = {1: (4, 2), 2: (4, 1), 4: (4, 1), 8: (4, 1)}  # rows of x -> rows of W in a program, loads of each in flight
+LOADS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits of a weight in 8, or in twice 8 with half the bits
+# bits, rows of x -> eights of weights in a load: two share the way to a scale, but their numbers of x take registers.
+EIGHTS = {(bits, m): 2 if bits < 8 and m <= 4 else 1 for bits in (2, 4, 8) for m in TILES}
 
 
 @triton.jit
@@ -82,42 +86,52 @@ def _store(y, total, bias, first_row, rows, out_features, has_bias: tl.constexpr
 
 @triton.jit
 def _words_kernel(
-    words, scales, zeros, codebook, mean, values, x, bias, y, rows, out_features, row_words, row_groups,
-    group_words: tl.constexpr, nf4: tl.constexpr, doubly: tl.constexpr, bits: tl.constexpr, has_bias: tl.constexpr,
+    words, scales, zeros, codebook, mean, values, x, bias, y, rows, out_features, row_loads, row_groups,
+    group_loads: tl.constexpr, nf4: tl.constexpr, doubly: tl.constexpr, bits: tl.constexpr, has_bias: tl.constexpr,
     block_m: tl.constexpr, block_out: tl.constexpr, count_log2: tl.constexpr,
-    steps: tl.constexpr, block: tl.constexpr,
+    steps: tl.constexpr, block: tl.constexpr, eights: tl.constexpr, shuffle: tl.constexpr,
 ):  # fmt: skip
     """NF4, and whole numbers of 2, 4 or 8 bits in order. Doubly quantized, `zeros` are the second scales.
 
-    Tensors are [block], a word a thread, so that all have one layout; what is more than one a thread is in tuples.
+    Tensors are [block], a load a thread, so that all have one layout; what is more than one a thread is in tuples. A
+    load is `eights` times eight codes, which share a scale.
     """
     first_row = tl.program_id(0).to(tl.int64) * block_out
     sums = ()
     for _ in tl.static_range(block_out * block_m):
         sums = sums + (tl.zeros((block,), tl.float32),)  # noqa: RUF005
-    for start in range(0, row_words, block * steps):
+    for start in range(0, row_loads, block * steps):
         # All loads of weights first: what is in flight is what hides the memory's latency.
         loaded = ()
         for i in tl.static_range(block_out * steps):
             place = start + (i % steps) * block + tl.arange(0, block)
             row = tl.minimum(first_row + i // steps, out_features - 1)
-            word = tl.load(words + row * row_words + place, place < row_words, 0, eviction_policy="evict_first")
+            word = tl.load(words + row * row_loads + place, place < row_loads, 0, eviction_policy="evict_first")
             loaded = loaded + (word,)  # noqa: RUF005
         for step in tl.static_range(steps):
             place = start + step * block + tl.arange(0, block)
-            inside = place < row_words
-            inputs = ()
+            inside = place < row_loads
+            inputs, input_sums = (), ()
             for m in tl.static_range(block_m):
                 # A row of x that is not there repeats the last one.
-                x_row = x + (tl.minimum(m, rows - 1) * row_words + place[:, None]) * 8 + tl.arange(0, 8)[None, :]
-                inputs = inputs + _numbers(tl.load(x_row, inside[:, None], 0.0))
+                x_row = x + tl.minimum(m, rows - 1) * row_loads * 8 * eights
+                total = tl.zeros((block,), tl.float32)
+                for part in tl.static_range(eights):
+                    eight = (place * eights + part)[:, None] * 8 + tl.arange(0, 8)[None, :]
+                    numbers = _numbers(tl.load(x_row + eight, inside[:, None], 0.0))
+                    inputs = inputs + numbers
+                    if not nf4:
+                        for i in tl.static_range(8):
+                            total += numbers[i]
+                input_sums = input_sums + (total,)  # noqa: RUF005
             for r in tl.static_range(block_out):
-                row = tl.minimum(first_row + r, out_features - 1)
+                row = tl.minimum(first_row + r, out_features - 1).to(tl.int32)
                 if nf4:  # blocks run over the ends of rows
-                    group = (row * row_words + place) // group_words
+                    group = (row * row_loads + place) // group_loads
                 else:
-                    group = row * row_groups + place // group_words
-                    zero = tl.load(zeros + group, inside, 0).to(tl.int32)
+                    group = row * row_groups + place // group_loads
+                    # Beside the codes' own offset: see _coded.
+                    zero = (tl.load(zeros + group, inside, 0).to(tl.int32) + (1 << bits)).to(tl.float32)
                 scale = tl.load(scales + group, inside, 0)
                 if doubly:
                     second = tl.load(zeros + group // 256, inside, 0.0)
@@ -126,15 +140,22 @@ def _words_kernel(
                 dots = ()
                 for _ in tl.static_range(block_m):
                     dots = dots + (tl.zeros((block,), tl.float32),)  # noqa: RUF005
-                for i in tl.static_range(8):
-                    if nf4:  # the upper half of a byte comes first
-                        weight = tl.load(values + ((word.to(tl.uint32, bitcast=True) >> (i ^ 1) * 4) & 15))
+                for part in tl.static_range(eights):
+                    if nf4:
+                        weights = eight_values((word >> 32 * part).to(tl.int32), values, shuffle)
                     else:
-                        weight = (((word >> i * bits) & ((1 << bits) - 1)).to(tl.int32) - zero).to(tl.float32)
-                    added = ()
+                        weights = _coded(word >> 8 * bits * part, bits)
+                    for i in tl.static_range(8):
+                        added = ()
+                        for m in tl.static_range(block_m):
+                            number = inputs[(m * eights + part) * 8 + i]
+                            added = added + (dots[m] + weights[i] * number,)  # noqa: RUF005
+                        dots = added
+                if not nf4:
+                    shifted = ()
                     for m in tl.static_range(block_m):
-                        added = added + (dots[m] + weight * inputs[m * 8 + i],)  # noqa: RUF005
-                    dots = added
+                        shifted = shifted + (dots[m] * (1 << bits) - zero * input_sums[m],)  # noqa: RUF005
+                    dots = shifted
                 updated = ()
                 for i in tl.static_range(block_out * block_m):
                     if i // block_m == r:
@@ -143,6 +164,27 @@ def _words_kernel(
                         updated = updated + (sums[i],)  # noqa: RUF005
                 sums = updated
     _store(y, _totals(sums, count_log2), bias, first_row, rows, out_features, has_bias, block_m)
+
+
+@triton.jit
+def _coded(word, bits: tl.constexpr):
+    """Eight codes c of a word, the lowest bits first -> 1 + c / 2^bits as fp32: a code becomes the upper bits of the
+    mantissa, which takes a shift and a mask where a conversion takes an instruction of a quarter of their rate."""
+    found = ()
+    for i in tl.static_range(8):
+        if bits == 8:
+            coded = _mantissa((word >> 32 * (i // 4)).to(tl.int32), bits * (i % 4), bits)
+        else:
+            coded = _mantissa(word.to(tl.int32), bits * i, bits)
+        found = found + (coded,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _mantissa(part, first: tl.constexpr, bits: tl.constexpr):
+    top: tl.constexpr = 23 - bits
+    part = part << top - first if top >= first else part >> first - top
+    return (part & ((1 << bits) - 1 << top) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -209,25 +251,27 @@ def _block_out(most: int, out_features: int) -> int:
 
 def _launch_words(x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor, bias: Optional[Tensor]) -> None:
     (rows, in_features), out_features = x.shape, y.shape[1]
-    row_words = in_features // 8
     block_m = triton.next_power_of_2(rows)
-    most, steps = TILES[block_m]
-    steps = min(steps, triton.next_power_of_2(triton.cdiv(row_words, BLOCK)))
-    block_out = _block_out(most, out_features)
     packed, scales, *rest = payload
-    if isinstance(backend, NF4):
-        nf4, doubly, bits, row_groups, group_words = True, backend.double_quant, 4, 1, backend.blocksize // 8
+    nf4 = isinstance(backend, NF4)
+    bits, row_groups = (4, 1) if nf4 else (backend.bits, scales.shape[1])
+    group_size = backend.blocksize if nf4 else in_features // row_groups
+    eights = EIGHTS[bits, block_m] if in_features % 16 == 0 and group_size % 16 == 0 else 1
+    most, steps = TILES[block_m]
+    row_loads = in_features // (8 * eights)
+    steps = min(steps, triton.next_power_of_2(triton.cdiv(row_loads, BLOCK)))
+    block_out = _block_out(most, out_features)
+    if nf4:
+        doubly = backend.double_quant
         codebook, zeros, mean = rest if doubly else (packed, packed, packed)
-        values = _nf4_values(x.device)
+        values = values_of_codes(x.device)
     else:
-        nf4, doubly, bits, row_groups = False, False, backend.bits, scales.shape[1]
-        group_words = row_words // row_groups
-        zeros, codebook, mean, values = rest[0], packed, packed, packed
-    words = packed.view(-1).view(WORDS[bits])
+        doubly, zeros, codebook, mean, values = False, rest[0], packed, packed, packed
     _words_kernel[(triton.cdiv(out_features, block_out),)](
-        words, scales, zeros, codebook, mean, values, x, packed if bias is None else bias, y, rows, out_features,
-        row_words, row_groups, group_words, nf4, doubly, bits, bias is not None, block_m, block_out,
-        (block_out * block_m).bit_length() - 1, steps, BLOCK, num_warps=WARPS,
+        packed.view(-1).view(LOADS[bits * eights]), scales, zeros, codebook, mean, values, x,
+        packed if bias is None else bias, y, rows, out_features, row_loads, row_groups, group_size // (8 * eights), nf4,
+        doubly, bits, bias is not None, block_m, block_out, (block_out * block_m).bit_length() - 1, steps, BLOCK,
+        eights, nf4 and shuffles(), num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -242,12 +286,6 @@ def _launch_columns(x: Tensor, payload: Sequence[Tensor], backend: Int4, y: Tens
         bias is not None, block_m, block_out, min(1024 // block_m, triton.next_power_of_2(in_features)),
         num_warps=WARPS,
     )  # fmt: skip
-
-
-@functools.cache
-def _nf4_values(device: torch.device) -> Tensor:
-    """What the 16 codes stand for: fp32 [16]."""
-    return bnb.get_4bit_type("nf4", device=device)
 
 
 def try_out() -> None:
