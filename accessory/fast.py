@@ -6,22 +6,24 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 
+import psutil
 import torch
 
 from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.estimate import Step, graphs_fit, recomputed_blocks_that_fit
+from accessory.estimate import GIB, Step, graphs_fit, host_bytes, save_memory
 from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
 from accessory.models.llama import Llama
 from accessory.strategies import World
 
 log = logging.getLogger(__name__)
+HOST_ROOM = 0.5  # of the free host memory
 ROOM = 0.94  # of the GPU's free memory; the rest is for fragmentation, and for an estimate that is a little short
 NAMES = {
     "blocks": "fused blocks",
     "compile": "compiled blocks",
     "graphs": "CUDA graphs",
     "padding_free": "padding-free",
-    "offload": "inputs of blocks in host memory",
+    "offload": "inputs and residuals of blocks in host memory",
 }
 
 
@@ -63,7 +65,7 @@ def choose(config: Config, world: World) -> Fast:
 
 def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
     default = config.enabled if config.enabled is not None else device.type == "cuda"
-    parts = (part for part in NAMES if part != "offload")  # which depends on how many blocks are recomputed
+    parts = (part for part in NAMES if part != "offload")  # which depends on what fits
     return {part: default if getattr(config, part) is None else getattr(config, part) for part in parts}
 
 
@@ -83,8 +85,7 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
 def install(fast: Fast, config: Config, model: Llama) -> None:
     """Put the parts that are in the model in place; called last, when all else is."""
     _replace_blocks(fast, model)
-    model.model.recomputed = _blocks_to_recompute(config, model)
-    offload(fast, config, model)
+    make_room(fast, config, model)
     _spare_graphs(fast, config, model)
 
 
@@ -99,12 +100,33 @@ def _replace_blocks(fast: Fast, model: Llama) -> None:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
-def _blocks_to_recompute(config: Config, model: Llama) -> int:
-    """As told, or as few as the GPU's memory allows."""
-    told, blocks = config.train.checkpointing, len(model.model.layers)
-    if told is not None or model.device.type == "cpu":
-        return blocks if told else 0
-    return recomputed_blocks_that_fit(model, largest_step(config, model), _available(model.device))
+def make_room(fast: Fast, config: Config, model: Llama) -> None:
+    """Decide what is recomputed and what lies in host memory: as told, or the least that fits into the GPU's memory."""
+    told, step = config.fast.offload, largest_step(config, model)
+    obstacle = _against_offload(fast, model, step) if told is not False else None
+    if told and obstacle is not None:
+        fast.why_not["offload"] = obstacle
+    offload = told if obstacle is None else False
+    if model.device.type == "cpu":
+        model.model.recomputed, offloaded = len(model.model.layers) * bool(config.train.checkpointing), bool(offload)
+    else:
+        available = _available(model.device)
+        model.model.recomputed, offloaded = save_memory(model, step, available, config.train.checkpointing, offload)
+    if offloaded:
+        fast.active.add("offload")
+        keep_on_host(model, step.tokens)
+
+
+def _against_offload(fast: Fast, model: Llama, step: Step) -> str | None:
+    if "blocks" not in fast.active:
+        return "only fused blocks (fast.blocks) can"
+    # Host memory that is pinned cannot be swapped out, and other ranks of this machine want their share of it.
+    wanted, free = host_bytes(model, step, 0), psutil.virtual_memory().available
+    ranks = max(1, torch.cuda.device_count())
+    if wanted * ranks > HOST_ROOM * free:
+        each = f" for each of {ranks} GPUs" if ranks > 1 else ""
+        return f"it takes up to {wanted / GIB:.1f} GiB{each}, and host memory has {free / GIB:.1f} GiB free"
+    return None
 
 
 def _available(device: torch.device) -> int:
@@ -130,17 +152,3 @@ def largest_step(config: Config, model: Llama) -> Step:
     if config.data.packing and model.image_words:
         images = rows * (width // (model.image_words + 1))
     return Step(rows, width, images, fused=model.model.fused)
-
-
-def offload(fast: Fast, config: Config, model: Llama) -> None:
-    """Once it is known how many blocks are recomputed: where all are, memory is what counts."""
-    recomputed, told = model.model.recomputed, config.fast.offload
-    if told is None:
-        on_gpu = model.device.type == "cuda" and "blocks" in fast.active
-        wanted, obstacle = on_gpu and recomputed == len(model.model.layers), None
-    else:
-        wanted, obstacle = told, None if recomputed else "no block is recomputed (train.checkpointing)"
-        obstacle = obstacle if "blocks" in fast.active else "only fused blocks (fast.blocks) can"
-    fast.take("offload", wanted, obstacle)
-    if "offload" in fast.active:
-        keep_on_host(model, config.train.batch_size * config.data.max_words)

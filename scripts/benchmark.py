@@ -86,7 +86,8 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     else:
         cases = [
             complete({"task": task, "model": model, "recipe": recipe, "base": base, "images": images, "batch": batch,
-                      "length": options.length, "checkpointing": checkpointing, "compile": compiled},
+                      "length": options.length, "checkpointing": checkpointing, "compile": compiled,
+                      "offload": checkpointing or options.offload},
                      options.systems, options.steps, options.warmup)
             for model in options.models or ["tiny"] for recipe in options.recipes or ["norm_bias", "norm_bias_lora"]
             for base in options.bases or ["nf4"] for images in options.images for task in TASKS[options.task]
@@ -111,6 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lengths", type=Path, default=LENGTHS, help="for --task lengths: see benchmark_lengths.py")
     parser.add_argument("--checkpointing", choices=["no", "yes", "both"], default="no")
+    parser.add_argument("--offload", action="store_true", help="fast.offload, without checkpointing too (ours alone)")
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)

@@ -14,7 +14,7 @@ from benchmark_steps import DTYPE, Batch, Step, System, eager_step
 
 from accessory.fused.graph import GraphedLoss
 
-TOKENS = 16 * 512  # of the largest micro-batch that is recomputed
+TOKENS = 16 * 512  # of the largest micro-batch whose inputs lie in host memory
 
 
 def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) -> tuple[Any, Callable]:
@@ -23,7 +23,7 @@ def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) ->
     from transformers import Blip2Config
 
     from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
-    from accessory.fused.model import fuse_blocks, keep_on_host
+    from accessory.fused.model import fuse_blocks
     from accessory.models import build_model
     from accessory.module import batch_loss
     from accessory.quantization import quantize
@@ -45,7 +45,6 @@ def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) ->
     model.model.rotary_emb.to(steps.DEVICE)
     if case["compile"] and share is None:
         fuse_blocks(model)
-        keep_on_host(model, TOKENS)  # the inputs of recomputed blocks, as `--checkpointing` does
     return model, lambda batch: batch_loss(model, batch, case["compile"]) / (batch["targets"] != -100).sum()
 
 
@@ -106,22 +105,29 @@ def estimate(model: Any, case: dict[str, Any]) -> Optional[float]:
     if case["task"] == "generate":
         found = estimating.estimate_generation(model, batch, length, case["new_tokens"], DTYPE, images)
         return found.peak / estimating.GIB
-    on, fused = case["checkpointing"], case["compile"]
-    step = estimating.Step(batch, length, images, dtype=DTYPE, fused=fused, captured=fused, offloaded=on and fused)
-    return estimating.estimate_training(model, step, on * len(model.model.layers)).peak / estimating.GIB
+    fused, offloaded = case["compile"], case["compile"] and case["offload"]
+    step = estimating.Step(batch, length, images, dtype=DTYPE, fused=fused, captured=fused, offloaded=offloaded)
+    recomputed = len(model.model.layers) if case["checkpointing"] else 0
+    return estimating.estimate_training(model, step, recomputed).peak / estimating.GIB
 
 
 def ours(group: dict[str, Any]) -> System:
     from accessory import decoding
+    from accessory.fused.model import keep_on_host
 
     model, loss = build_ours(group)
     vocab = model.config.vocab_size
+    stack = keep_on_host(model, TOKENS) if group["compile"] else None
 
     def checkpoint(on: bool) -> None:
         model.model.recomputed = len(model.model.layers) if on else 0
 
+    def offload(on: bool) -> None:
+        for block in model.model.layers if stack is not None else ():
+            block.forward.host = stack if on else None
+
     return System(
-        model, loss, checkpoint,
+        model, loss, checkpoint, offload,
         batch=partial(make_batch, model),
         rows=lambda case, number: packed_rows(case, vocab, number),
         train_step=train_step,

@@ -48,7 +48,7 @@ def line(row: dict[str, Any]) -> str:
     base = row["base"] + (f"+{row['images']}" if row["images"] else "")
     head = (
         f"{row['system']:<8} {row['task']:<8} {row['model']:<5} {base:<5} {row['recipe']:<15} {shape:>9} "
-        f"{'yes' if row['checkpointing'] else 'no':>4} "
+        f"{'yes' if row['checkpointing'] else 'host' if row.get('offload') else 'no':>4} "
     )
     if "error" in row:
         return f"{head} failed: {row['error']}"
@@ -170,6 +170,6 @@ def _name(row: dict[str, Any]) -> str:
 
 def _shape(row: dict[str, Any]) -> str:
     images = f", images {row['images']}" if row["images"] else ""
-    checkpointing = ", checkpointing" if row["checkpointing"] else ""
+    checkpointing = ", checkpointing" if row["checkpointing"] else ", offload" if row.get("offload") else ""
     rows = f"{row['batch']} items" if row["task"] == "lengths" else f"{row['batch']} x {row['length']}"
     return f"{row['model'].upper()} {BASES[row['base']]} `{row['recipe']}`, {rows}{checkpointing}{images}"

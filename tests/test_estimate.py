@@ -43,8 +43,10 @@ from accessory.estimate import (
     estimate_training,
     graphs_fit,
     held_bytes,
+    host_bytes,
     payload_bytes,
     recomputed_blocks_that_fit,
+    save_memory,
     training,
 )
 from accessory.estimate.cases import Estimator
@@ -272,6 +274,39 @@ def test_fewest_blocks_are_recomputed_that_make_it_fit():
         fewest = next(n for n in range(4) if peaks[n] <= available)
         assert recomputed_blocks_that_fit(model, step, available) == fewest
     assert recomputed_blocks_that_fit(model, step, 0) == 3
+
+
+def test_host_memory_comes_before_recomputing_and_after_nothing():
+    model, step = tiny(loaded=False), Step(8, 512)
+    sent = replace(step, offloaded=True)
+    plain, offloaded = ([estimate_training(model, s, n).peak for n in range(4)] for s in (step, sent))
+    assert offloaded[0] < plain[0] and offloaded[1] < plain[1]
+    assert save_memory(model, step, plain[0], None, None) == (0, False)
+    assert save_memory(model, step, plain[0] - 1, None, None) == (0, True)
+    assert save_memory(model, step, offloaded[0] - 1, None, None) == (1, True)
+    assert save_memory(model, step, 0, None, None) == (3, True)
+    assert save_memory(model, step, plain[0] - 1, None, False) == (1, False)
+    assert save_memory(model, step, plain[0], None, True) == (0, True)
+
+
+def test_what_is_told_of_recomputing_holds_and_host_memory_follows():
+    model, step = tiny(loaded=False), Step(8, 512)
+    none = estimate_training(model, step, 0).peak
+    assert save_memory(model, step, none, False, None) == (0, False)
+    assert save_memory(model, step, none - 1, False, None) == (0, True)
+    assert save_memory(model, step, none, True, None) == (3, True)
+    assert save_memory(model, step, none, True, False) == (3, False)
+    unfused = replace(step, fused=False)
+    assert save_memory(model, unfused, 0, None, None) == (3, False)
+
+
+def test_host_memory_holds_inputs_and_the_residuals_of_what_is_not_recomputed():
+    model, step = tiny(loaded=False), Step(8, 512)
+    d = model.config.hidden_size
+    assert [host_bytes(model, step, n) for n in (0, 1, 3)] == [n * 2 * 8 * 512 * d for n in (6, 5, 3)]
+    saved = estimate_training(model, step, 0).parts["activations"]
+    saved -= estimate_training(model, replace(step, offloaded=True), 0).parts["activations"]
+    assert saved == (6 - 3) * 2 * 8 * 512 * d  # three stay: in use, leaving, arriving
 
 
 def test_a_decoder_holds_what_is_said(model):

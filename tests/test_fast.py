@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_data, tiny_config, trainables
 
 import accessory
 from accessory.config import Config, DataParallel, Precision
-from accessory.fast import Fast, choose, install, offload
+from accessory.fast import Fast, choose, install, make_room
 from accessory.finetune import finetune
 from accessory.fused.model import fuse_blocks
 from accessory.strategies import World
@@ -76,27 +78,33 @@ def test_the_summary_names_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("told", "recomputed", "fused", "active", "reason"),
-    [
-        (None, 2, True, False, None),
-        (True, 2, True, True, None),
-        (True, 0, True, False, "no block is recomputed"),
-        (True, 2, False, False, "only fused blocks"),
-        (False, 2, True, False, None),
-    ],
+    ("told", "fused", "active", "reason"),
+    [(None, True, False, None), (True, True, True, None), (True, False, False, "only fused blocks")],
 )
-def test_inputs_go_to_host_memory_where_blocks_are_recomputed_and_it_is_wanted(
-    told, recomputed, fused, active, reason, meta_folder
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_on_a_cpu_inputs_go_to_host_memory_where_it_is_asked_for(
+    told, fused, active, reason, checkpointing, meta_folder
 ):
     model = accessory.load_model([meta_folder], quantization="nf4")
     fast = Fast({"blocks"} if fused else set())
     if fused:
         fuse_blocks(model)
-    model.model.recomputed = recomputed
-    offload(fast, config(**{"fast.offload": told}), model)
+    make_room(fast, config(**{"fast.offload": told, "train.checkpointing": checkpointing}), model)
     assert ("offload" in fast.active) == active
     assert (fused and model.model.layers[0].forward.host is not None) == active
     assert (reason or "") in fast.why_not.get("offload", "")
+    assert model.model.recomputed == checkpointing * len(model.model.layers)
+
+
+def test_where_host_memory_is_short_nothing_goes_there(meta_folder, monkeypatch):
+    model = accessory.load_model([meta_folder], quantization="nf4")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    fuse_blocks(model)
+    for told in (None, True):
+        fast = Fast({"blocks"})
+        make_room(fast, config(**{"fast.offload": told}), model)
+        assert fast.active == {"blocks"}
+        assert ("host memory has 0.0 GiB free" in fast.why_not.get("offload", "")) == (told is True)
 
 
 def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(meta_folder, monkeypatch):
@@ -109,15 +117,16 @@ def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(m
     assert not model.model.fused and "forward" not in vars(model.model.layers[0])
 
 
-@pytest.mark.parametrize(("batch_size", "accum_iter"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("batch_size", "accum_iter", "offload"), [(4, 1, False), (2, 2, True)])
 def test_a_run_with_fused_blocks_and_shared_rows_has_the_losses_and_trainables_of_one_without(
-    batch_size, accum_iter, meta_folder, tmp_path
+    batch_size, accum_iter, offload, meta_folder, tmp_path
 ):
     data = short_data(tmp_path / "data")
     sizes = {"train.batch_size": batch_size, "train.accum_iter": accum_iter}
     changes = {"quantization.method": "nf4", "recipe.lora": True, "data.val_fraction": 0.2, **sizes}
     plain = finetune(tiny_config(meta_folder, data, tmp_path / "plain", **changes))
-    fast = finetune(tiny_config(meta_folder, data, tmp_path / "fast", **changes, **{"fast.enabled": True}))
+    parts = {"fast.enabled": True, "fast.offload": offload}
+    fast = finetune(tiny_config(meta_folder, data, tmp_path / "fast", **changes, **parts))
     for name in ("loss", "val_loss"):
         losses = logged(plain, name)
         assert len(losses) > 0

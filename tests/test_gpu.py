@@ -100,7 +100,7 @@ def test_fused_blocks_are_as_near_to_fp32_gradients_as_plain_ones(lora, fast):
     model = small_model(recipe)
     fuse_blocks(model)
     trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for recomputed, on_host in ((0, False), (3, False), (4, True)):
+    for recomputed, on_host in ((0, False), (3, False), (0, True), (2, True), (4, True)):
         model.model.recomputed = recomputed
         if on_host:
             keep_on_host(model, input_ids.numel())

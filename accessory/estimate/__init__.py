@@ -18,14 +18,22 @@ likewise, the fused path keeps of a block
 
     2 M (d + (q + 2 kv) + d + 2 f) + 8 M bytes     its input; q, k, v; the residual after attention; gate, up; 1 / rms
 
-or 85 kB a token with 7B's sizes, 8 kB if recomputed. Figures are those of torch.cuda.max_memory_allocated(); what the
-CUDA context and fragmentation take comes on top (`OVERHEAD`).
+or 85 kB a token with 7B's sizes, 8 kB if recomputed; 69 kB and nothing where input and residual lie in host memory.
+Figures are those of torch.cuda.max_memory_allocated(); what the CUDA context and fragmentation take comes on top
+(`OVERHEAD`).
 """
 
 from accessory.estimate.counting import held_bytes, payload_bytes
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.parts import GIB, OVERHEAD, Estimate
-from accessory.estimate.training import Step, estimate_training, graphs_fit, recomputed_blocks_that_fit
+from accessory.estimate.training import (
+    Step,
+    estimate_training,
+    graphs_fit,
+    host_bytes,
+    recomputed_blocks_that_fit,
+    save_memory,
+)
 from accessory.sizes import SHAPES
 
 __all__ = [
@@ -38,6 +46,8 @@ __all__ = [
     "estimate_training",
     "graphs_fit",
     "held_bytes",
+    "host_bytes",
     "payload_bytes",
     "recomputed_blocks_that_fit",
+    "save_memory",
 ]

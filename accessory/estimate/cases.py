@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -14,7 +15,7 @@ from accessory.estimate.description import build, describe_model
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.options import EstimateConfig
 from accessory.estimate.parts import Estimate
-from accessory.estimate.training import Step, estimate_training, recomputed_blocks_that_fit
+from accessory.estimate.training import Step, estimate_training, save_memory
 from accessory.fast import Fast, choose
 from accessory.models.llama import Llama
 from accessory.strategies import DTYPES, World
@@ -29,25 +30,24 @@ class Case:
     rows: int
     width: int
     shards: int
-    recomputed: int
+    recomputed: int = 0
+    offloaded: bool = False
 
 
 class Estimator:
     """Estimates of one model under changing settings. available: bytes that tensors can take on a GPU, if it is known
-    which; train.checkpointing unset then means the fewest recomputed blocks that fit."""
+    which; what train.checkpointing and fast.offload leave open is then the least that fits."""
 
     def __init__(self, config: EstimateConfig, available: Optional[int]):
         self.config, self.described = config, describe_model(config)
         self.dtype = DTYPES[config.train.precision]
         self.blocks = self.described.architecture.num_hidden_layers
         sharded = config.strategy.data_parallel is DataParallel.fsdp
-        recomputed = self.blocks if config.train.checkpointing else 0
         sizes = config.train.batch_size, config.data.max_words, config.ranks if sharded else 1
-        self.asked = Case(config.quantization.method, config.recipe.lora, *sizes, recomputed)
+        self.asked = Case(config.quantization.method, config.recipe.lora, *sizes)
         self._models: dict[tuple[QuantMethod, bool], Llama] = {}
         self._check_width()
-        if config.train.checkpointing is None and available is not None:
-            self.asked = replace(self.asked, recomputed=self._as_few_as_fit(self.asked, available))
+        self.asked = self.fitting(self.asked, math.inf if available is None else available, config.train.checkpointing)
 
     def _check_width(self) -> None:
         """Positions that images need."""
@@ -69,9 +69,8 @@ class Estimator:
         """Every row as long as may be: what shares rows (data.packing, fast.padding_free) fills no more than these."""
         active = self.fast(case).active
         fused, captured = "blocks" in active, "graphs" in active
-        told = self.config.fast.offload
-        on_host = fused and (case.recomputed == self.blocks if told is None else told)
-        return Step(case.rows, case.width, self._images(case), case.shards, self.dtype, fused, captured, on_host)
+        sizes = case.rows, case.width, self._images(case), case.shards
+        return Step(*sizes, self.dtype, fused, captured, fused and case.offloaded)
 
     def fast(self, case: Case) -> Fast:
         """What a run on GPUs would choose."""
@@ -88,13 +87,24 @@ class Estimator:
     def train(self, case: Case) -> Estimate:
         return estimate_training(self.model(case), self.step(case), case.recomputed)
 
-    def fewest(self, case: Case, available: int) -> Optional[int]:
-        """Blocks to recompute so that it fits; None where nothing does."""
-        found = self._as_few_as_fit(case, available)
-        return found if self.train(replace(case, recomputed=found)).peak <= available else None
+    def fitting(self, case: Case, available: float, checkpointing: Optional[bool]) -> Case:
+        """The case with as little recomputed and offloaded as fits, or as told; where nothing fits, with all of it."""
+        offload = self.config.fast.offload
+        recomputed, offloaded = save_memory(self.model(case), self.step(case), available, checkpointing, offload)
+        return replace(case, recomputed=recomputed, offloaded=offloaded)
 
-    def _as_few_as_fit(self, case: Case, available: int) -> int:
-        return recomputed_blocks_that_fit(self.model(case), self.step(case), available)
+    def recomputing(self, blocks: int) -> Case:
+        """What is asked, with so many blocks recomputed."""
+        if blocks == self.asked.recomputed:
+            return self.asked
+        told = self.config.fast.offload
+        return replace(self.asked, recomputed=blocks, offloaded=blocks == self.blocks if told is None else told)
+
+    def saving(self, case: Case) -> str:
+        """What of a step is recomputed or lies elsewhere."""
+        if case.recomputed:
+            return f"{case.recomputed} of {self.blocks} blocks recomputed"
+        return "inputs in host memory" if case.offloaded else "nothing recomputed"
 
     def generate(self) -> Estimate:
         c, model = self.config, self.model(self.asked)
@@ -104,27 +114,30 @@ class Estimator:
     def suggestions(self, available: int) -> Iterator[tuple[str, int]]:
         """(what to change, the peak that it gives), each for itself; all together at the end."""
         asked, train = self.asked, self.config.train
-        together = replace(asked, recomputed=self.blocks)
+
+        def peak(case: Case) -> int:
+            return self.train(self.fitting(case, available, train.checkpointing)).peak
+
+        together = self.recomputing(self.blocks)
         if asked.recomputed < self.blocks:
-            some = replace(asked, recomputed=self._as_few_as_fit(asked, available))
-            what = f"train.checkpointing=null: recompute {some.recomputed} of {self.blocks} blocks"
-            yield what, self.train(some).peak
+            some = self.fitting(asked, available, None)
+            yield f"train.checkpointing=null: {self.saving(some)}", self.train(some).peak
         for name, smallest in (("rows", 1), ("width", 128)):
             smaller = self._halved(asked, name, smallest, available)
             if smaller != asked:
                 divided = f" --accum_iter {train.accum_iter * asked.rows // smaller.rows}"
                 flag = f"--batch_size {smaller.rows}{divided}" if name == "rows" else f"--max_words {smaller.width}"
-                yield flag, self.train(smaller).peak
+                yield flag, peak(smaller)
                 together = replace(together, **{name: getattr(smaller, name)}) if name == "rows" else together
         if asked.method in (QuantMethod.none, QuantMethod.int8) and not self.described.stored:
             together = replace(together, method=QuantMethod.nf4)
-            yield "--quant: the base in NF4", self.train(replace(asked, method=QuantMethod.nf4)).peak
+            yield "--quant: the base in NF4", peak(replace(asked, method=QuantMethod.nf4))
         if asked.lora and self.config.recipe.norm and self.config.recipe.bias:
             together = replace(together, lora=False)
-            yield "recipe=norm_bias: no LoRA", self.train(replace(asked, lora=False)).peak
+            yield "recipe=norm_bias: no LoRA", peak(replace(asked, lora=False))
         yield "all of these but shorter rows", self.train(together).peak
         for shards in (n for n in (2, 4, 8) if n > asked.shards):
-            yield f"--data_parallel fsdp on {shards} GPUs", self.train(replace(asked, shards=shards)).peak
+            yield f"--data_parallel fsdp on {shards} GPUs", peak(replace(asked, shards=shards))
 
     def _halved(self, case: Case, name: str, smallest: int, available: int) -> Case:
         while getattr(case, name) // 2 >= smallest and self.train(case).peak > available:

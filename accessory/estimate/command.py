@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,13 +28,14 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     names = {0: "recompute none", estimator.blocks: "recompute all"}
     columns = {number: names.get(number, f"{number} of them") for number in sorted({0, asked.recomputed, *names})}
     columns[asked.recomputed] += " *"
-    trainings = {name: estimator.train(replace(asked, recomputed=number)) for number, name in columns.items()}
+    trainings = {name: estimator.train(estimator.recomputing(number)) for number, name in columns.items()}
     generation = estimator.generate()
     print(title(estimator), "", table(trainings, generation), f"  * {chosen(estimator, memory)}", "", sep="\n")
     figures: dict[str, Any] = {
         "model": estimator.described.name,
         "train": {str(n): vars(trainings[name]) for n, name in columns.items()},
         "recomputed_blocks": asked.recomputed,
+        "offloaded": asked.offloaded,
         "generate": vars(generation),
     }
     if memory is None:

@@ -60,13 +60,15 @@ def title(estimator: Estimator) -> str:
 
 def chosen(estimator: Estimator, memory: Optional[int]) -> str:
     """What the marked column is."""
-    if estimator.config.train.checkpointing is not None:
-        return f"as asked: train.checkpointing={str(estimator.config.train.checkpointing).lower()}"
+    if (told := estimator.config.train.checkpointing) is not None:
+        away = ", inputs of blocks in host memory" if estimator.asked.offloaded else ""
+        return f"as asked: train.checkpointing={str(told).lower()}{away}"
     if memory is None:
         return (
-            "on a GPU that has the memory; with less, as few blocks are recomputed as fit (train.checkpointing unset)"
+            "on a GPU that has the memory; with less, inputs of blocks go to host memory, then as few blocks are "
+            "recomputed as fit (train.checkpointing unset)"
         )
-    return f"the fewest that fit into {memory / GIB:.4g} GiB, if any do (train.checkpointing unset)"
+    return f"the least recomputing that fits into {memory / GIB:.4g} GiB, if any does (train.checkpointing unset)"
 
 
 def verdict(estimator: Estimator, memory: int) -> tuple[str, list[tuple[str, int]]]:
@@ -75,7 +77,7 @@ def verdict(estimator: Estimator, memory: int) -> tuple[str, list[tuple[str, int
     left = f"{memory / GIB:.4g} GiB, of which tensors can take {available / GIB:.2f}"
     if peak <= available:
         spare = f"; {(available - peak) / GIB:.2f} GiB to spare"
-        return f"{left}: training fits, with {_again(estimator.asked.recomputed, estimator.blocks)}{spare}", []
+        return f"{left}: training fits, with {estimator.saving(estimator.asked)}{spare}", []
     found = list(estimator.suggestions(available))
     lines = [f"{left}: training does not fit ({peak / GIB:.2f} GiB). Instead:"]
     for what, would in found:
@@ -93,12 +95,5 @@ def sizes_table(estimator: Estimator, answering: int) -> str:
 
 
 def _training(estimator: Estimator, available: int) -> str:
-    asked, may_choose = estimator.asked, estimator.config.train.checkpointing is None
-    if may_choose and (fewest := estimator.fewest(asked, available)) is not None:
-        return _again(fewest, estimator.blocks)
-    fits = not may_choose and estimator.train(asked).peak <= available
-    return _again(asked.recomputed, estimator.blocks) if fits else "does not fit"
-
-
-def _again(recomputed: int, blocks: int) -> str:
-    return f"{recomputed} of {blocks} blocks recomputed" if recomputed else "nothing recomputed"
+    case = estimator.fitting(estimator.asked, available, estimator.config.train.checkpointing)
+    return estimator.saving(case) if estimator.train(case).peak <= available else "does not fit"

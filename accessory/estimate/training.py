@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -14,7 +14,7 @@ from accessory.estimate.shapes import GROUPS, Shape, head_scratch
 from accessory.models.llama import Llama
 from accessory.models.loss import GPU_CHUNK
 
-ON_DEVICE = 3  # inputs of blocks that lie in host memory: the one in use, one that leaves, one that arrives
+ON_DEVICE = 3  # of the tensors that lie in host memory: the one in use, one that leaves, one that arrives
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Step:
     rows, width: of a micro-batch, image positions included. images: in it; None: one a row, where the model takes any.
     shards: ranks over which fsdp spreads the payload (a model that is spread already knows them). dtype: compute type
     of a model on the meta device. fused: accessory.fused's blocks; otherwise what autograd keeps of models/llama.py
-    without torch.compile, an upper figure. captured: the fused path as one CUDA graph. offloaded: inputs of recomputed
-    blocks lie in host memory.
+    without torch.compile, an upper figure. captured: the fused path as one CUDA graph. offloaded: what the fused blocks
+    can send there lies in host memory, their inputs and, where they are not recomputed, their residuals.
     """
 
     rows: int
@@ -52,14 +52,16 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
     base, trainables = held_bytes(model, step.dtype, step.shards)
     image_kept, image_passing = image_part(model, step.rows if step.images is None else step.images, shape.itemsize)
     rotary_table = shape.itemsize * step.tokens * 2 * shape.e
-    inputs = min(recomputed_blocks, ON_DEVICE) if step.offloaded else recomputed_blocks
-    recomputed = inputs * shape.itemsize * step.tokens * shape.d
-    activations = image_kept + rotary_table + recomputed + (shape.blocks - recomputed_blocks) * block.kept
+    hidden = shape.itemsize * step.tokens * shape.d
+    kept_blocks, kept, inputs = shape.blocks - recomputed_blocks, block.kept, recomputed_blocks
+    if fused and step.offloaded:
+        kept, inputs = kept - 2 * hidden, min(2 * kept_blocks + recomputed_blocks, ON_DEVICE)
+    activations = image_kept + rotary_table + inputs * hidden + kept_blocks * kept
     # The first blocks are recomputed, and their backward comes last, when what the others kept is free again. So making
     # a block's results again takes nothing that was not there, unless all blocks do it.
     last, first = (block.again if recomputed_blocks >= n else block.passing for n in (shape.blocks, 1))
     # A CUDA graph adds its gradients to the step's: in the end, with the first block's backward, both are there.
-    end = first + trainables + (block.kept if recomputed_blocks == 0 else 0) if fused and step.captured else 0
+    end = first + trainables + (kept if recomputed_blocks == 0 else 0) if fused and step.captured else 0
     parts = {
         "base": base,
         "trainables": trainables + (copies_bytes(model, shape.itemsize) if fused else 0),
@@ -74,7 +76,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
     return Estimate(parts, _peak(parts))
 
 
-def recomputed_blocks_that_fit(model: Llama, step: Step, available_bytes: int) -> int:
+def recomputed_blocks_that_fit(model: Llama, step: Step, available_bytes: float) -> int:
     """Fewest blocks to recompute so that a step's peak is at most available_bytes (tensors alone: what the GPU has,
     less OVERHEAD and what others hold). All of them where nothing fits: compare estimate_training's peak then."""
     blocks = model.config.num_hidden_layers
@@ -86,6 +88,31 @@ def recomputed_blocks_that_fit(model: Llama, step: Step, available_bytes: int) -
     guess = max(0, min(blocks, -(-rest // max(saved, 1))) - 1)
     fitting = (n for n in range(guess, blocks) if estimate_training(model, step, n).peak <= available_bytes)
     return next(fitting, blocks)
+
+
+def save_memory(
+    model: Llama, step: Step, available_bytes: float, checkpointing: Optional[bool], offload: Optional[bool]
+) -> tuple[int, bool]:
+    """(blocks to recompute, whether to offload): what makes the step fit in the least time, where the arguments leave
+    it open. Copies to host memory run beside the computation, so they come before recomputing, and after nothing."""
+    blocks = model.config.num_hidden_layers
+    recomputed = 0
+    for offloaded in (False, True) if offload is None and step.fused else (bool(offload) and step.fused,):
+        tried = replace(step, offloaded=offloaded)
+        if checkpointing is None:
+            recomputed = recomputed_blocks_that_fit(model, tried, available_bytes)
+        else:
+            recomputed = blocks if checkpointing else 0
+        if recomputed == 0 and estimate_training(model, tried, 0).peak <= available_bytes:
+            break
+    return recomputed, offloaded
+
+
+def host_bytes(model: Llama, step: Step, recomputed_blocks: int) -> int:
+    """Host memory that offloading takes."""
+    shape = Shape.of(model, step.dtype)
+    sent = 2 * shape.blocks - recomputed_blocks
+    return sent * shape.itemsize * step.tokens * shape.d
 
 
 def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes: int) -> bool:

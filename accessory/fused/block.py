@@ -2,15 +2,16 @@
 
 What autograd would keep of a block is decided here instead: its input, the rotated q, k and v, the residual after
 attention, and gate and up. Everything else is a pointwise step or a dequantization away and is made again in backward;
-attention's output too (1 % of the arithmetic at 512 tokens). A *recomputed* block keeps its input alone, on the GPU or
-in host memory, and in backward repeats its forward up to gate and up: the last matmul's result is needed by nothing.
+attention's output too (1 % of the arithmetic at 512 tokens). A *recomputed* block keeps its input alone, and in
+backward repeats its forward up to gate and up: the last matmul's result is needed by nothing. Input and residual can
+lie in host memory meanwhile: they are a fifth of what a block keeps, and are copied while it computes.
 
 Frozen weights need no gradients, so a matmul's backward is one matmul; trainables are reached through `Group`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from accessory.fused import pointwise
 from accessory.fused.host import HostStack
 from accessory.fused.linears import Group
 from accessory.models.llama import Block, Cache, Mask, attend
+
+Kept = Union[Tensor, int]  # int: the place in host memory
 
 
 class FusedBlock:
@@ -32,7 +35,7 @@ class FusedBlock:
         self.gate_up = Group([mlp.gate_proj, mlp.up_proj])
         self.down = Group([mlp.down_proj])
         self.norms = block.input_layernorm, block.post_attention_layernorm
-        self.host: Optional[HostStack] = None  # takes the input while it is recomputed from there
+        self.host: Optional[HostStack] = None  # where the input lies until backward, and the residual that is kept
         self.head_dim = attention.head_dim
         queries, keys, _ = (part.layer.out_features // attention.head_dim for part in self.qkv.parts)
         self.heads = (queries, keys, keys)
@@ -55,14 +58,21 @@ class FusedBlock:
         b, s, d = x.shape
         cos, sin = (t.expand(b, 1, s, -1).reshape(b * s, -1) for t in rope)
         trainables = [norm.weight for norm in self.norms] + [p for group in self.groups for p in group.trainables]
-        flat = _Function.apply(x.reshape(b * s, d), self, (cos, sin), (b, s), mask, recompute, *trainables)
+        sends = self.host is not None and torch.is_grad_enabled()
+        flat = _Function.apply(x.reshape(b * s, d), self, (cos, sin), (b, s), mask, recompute, sends, *trainables)
         return flat.view(b, s, d)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], rows: tuple[int, int], mask: Mask, repeated: bool = False
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: tuple[int, int],
+        mask: Mask,
+        repeated: bool = False,
+        sends: bool = False,
     ) -> tuple[Optional[Tensor], list[Any]]:
         """x: [m, d] -> the block's output, and what backward needs besides x. repeated: within backward, where the
-        output is not needed, and attention's own backward is."""
+        output is not needed, and attention's own backward is. sends: the residual goes to host memory."""
         first, second = self.norms
         normed, rstd_1 = pointwise.norm(x, first.weight, first.eps)
         qkv, t_qkv = self.qkv.forward(normed)
@@ -70,20 +80,21 @@ class FusedBlock:
         heard = self.attend(qkv, rows, mask, for_backward=repeated)
         y, t_out = self.out.forward(heard[0].detach())
         middle, normed, rstd_2 = pointwise.add_norm(x, y, second.weight, second.eps)
+        residual = self.host.push(middle) if sends else middle
         gate_up, t_gate_up = self.gate_up.forward(normed)
         t_down = None
         if not repeated:
             y, t_down = self.down.forward(pointwise.swiglu(gate_up))
             y += middle
-        kept = [rstd_1, qkv, middle, rstd_2, gate_up, t_qkv, t_out, t_gate_up, t_down]
+        kept = [rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up, t_down]
         return y, [*kept, heard] if repeated else kept
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: list[Any], rope: tuple[Tensor, Tensor], rows: tuple[int, int], mask: Mask
+        self, dy: Tensor, x: Kept, kept: list[Any], rope: tuple[Tensor, Tensor], rows: tuple[int, int], mask: Mask
     ) -> tuple[Tensor, list[Optional[Tensor]]]:
         """dy: [m, d] -> dx [m, d], and the gradients of the norms and of each group's trainables. Empties `kept`, lest
         the caller hold what is done with."""
-        rstd_1, qkv, middle, rstd_2, gate_up, t_qkv, t_out, t_gate_up, t_down, *heard = kept
+        rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up, t_down, *heard = kept
         kept.clear()
         first, second = self.norms
 
@@ -92,6 +103,7 @@ class FusedBlock:
         del h
         d_gate_up = pointwise.swiglu_backward_(gate_up, self.down.input_gradient(dy, u))
         del gate_up
+        middle = self.fetch(residual)
         normed = pointwise.norm_again(middle, rstd_2, second.weight) if self.gate_up.ranks else None
         of_gate_up, u = self.gate_up.gradients(d_gate_up, normed, t_gate_up)
         del normed
@@ -106,12 +118,16 @@ class FusedBlock:
         del heard, leaves
         d_qkv = pointwise.rotate_back_(qkv, *d_heads, *rope).flatten(1)
         del qkv, d_heads
+        x = self.fetch(x)
         normed = pointwise.norm_again(x, rstd_1, first.weight) if self.qkv.ranks else None
         of_qkv, u = self.qkv.gradients(d_qkv, normed, t_qkv)
         del normed
         d_normed = self.qkv.input_gradient(d_qkv, u)
         dx, d_first = pointwise.norm_backward(d_normed, x, rstd_1, first.weight, d_middle)
         return dx, [d_first, d_second, *of_qkv, *of_out, *of_gate_up, *down]
+
+    def fetch(self, kept: Kept) -> Tensor:
+        return kept if isinstance(kept, Tensor) else self.host.pop(kept)
 
     def attend(self, qkv: Tensor, rows: tuple[int, int], mask: Mask, for_backward: bool) -> tuple[Tensor, ...]:
         """qkv: [m, heads, e], rotated -> attention's output [m, queries * e], and the q, k and v, [b, heads, s, e],
@@ -145,24 +161,24 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: FusedBlock, rope: tuple, rows: tuple, mask: Mask, recompute: bool, *_: nn.Parameter
-    ) -> Tensor:
-        y, kept = block.forward(x, rope, rows, mask)
-        ctx.block, ctx.where, ctx.kept = block, (rope, rows, mask), [x, *kept]
-        if recompute:
-            ctx.kept = [x]
-            if block.host is not None and any(ctx.needs_input_grad):
-                ctx.kept, ctx.place = [], block.host.push(x)
+        ctx: Any, x: Tensor, block: FusedBlock, rope: tuple, rows: tuple, mask: Mask, recompute: bool, sends: bool,
+        *_: nn.Parameter,
+    ) -> Tensor:  # fmt: skip
+        sends = sends and any(ctx.needs_input_grad)
+        kept_x = block.host.push(x) if sends else x
+        y, kept = block.forward(x, rope, rows, mask, sends=sends and not recompute)
+        ctx.block, ctx.where, ctx.kept = block, (rope, rows, mask), [kept_x] if recompute else [kept_x, *kept]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         block, kept, ctx.kept = ctx.block, ctx.kept, None
         assert kept is not None, "a fused block's backward runs once"
-        x, *kept = kept or [block.host.pop(ctx.place)]
+        x, *kept = kept
         if not kept:
+            x = block.fetch(x)
             _, kept = block.forward(x, *ctx.where, repeated=True)
         dx, gradients = block.backward(dy.contiguous(), x, kept, *ctx.where)
         wanted = ctx.needs_input_grad
-        gradients = [g if wants else None for g, wants in zip(gradients, wanted[6:], strict=True)]
-        return dx if wanted[0] else None, None, None, None, None, None, *gradients
+        gradients = [g if wants else None for g, wants in zip(gradients, wanted[7:], strict=True)]
+        return dx if wanted[0] else None, None, None, None, None, None, None, *gradients

@@ -1,7 +1,7 @@
-"""Inputs of recomputed blocks in host memory, so that the GPU holds two of them rather than all.
+"""Inputs and residuals of blocks in host memory, so that the GPU holds two or three of them rather than all.
 
-Blocks give their input away in forward and want it back in backward in the opposite order: a stack. Copies run beside
-the computation, on a stream of their own, one block ahead: 67 MB for 8,192 tokens of a 7B model, 1.3 ms of a block's 6.
+Blocks give them away in forward and want them back in backward in the opposite order: a stack. Copies run beside the
+computation, on a stream of their own, one ahead: 67 MB for 8,192 tokens of a 7B model, 1.3 ms of a block's 6.
 """
 
 from __future__ import annotations

@@ -59,9 +59,11 @@ def fuse_blocks(model: Llama) -> None:
     model.model.fused = True
 
 
-def keep_on_host(model: Llama, tokens: int) -> None:
-    """Let recomputed blocks keep their input in host memory. tokens: of the largest micro-batch."""
+def keep_on_host(model: Llama, tokens: int) -> HostStack:
+    """Let blocks keep their input in host memory, and those that are not recomputed the residual after attention as
+    well. tokens: of the largest micro-batch."""
     stack = HostStack(model.device, tokens * model.config.hidden_size)
     for block in model.model.layers:
         block.forward.host = stack
     model.model.register_forward_pre_hook(lambda *_: stack.clear() if torch.is_grad_enabled() else None)
+    return stack

@@ -110,7 +110,7 @@ def test_inputs_that_lie_in_host_memory_come_back_to_their_blocks():
     model = tiny_model("nf4", torch.float32, WITH_LORA)
     fuse_blocks(model)
     keep_on_host(model, IDS.numel())
-    for recomputed in (2, 3):
+    for recomputed in (0, 2, 3):
         model.model.recomputed = recomputed
         for _ in range(2):
             found_hidden, found = run(model)
@@ -121,6 +121,23 @@ def test_inputs_that_lie_in_host_memory_come_back_to_their_blocks():
     assert model.model.layers[0].forward.host._held == []
 
 
+def test_inputs_and_residuals_in_host_memory_are_not_kept_beside_it():
+    model = tiny_model("nf4", torch.float32, NORM_BIAS)
+    fuse_blocks(model)
+    x = torch.randn(2, 12, 64, requires_grad=True)
+    rope = [t.unsqueeze(1) for t in model.model.rotary_emb(x, torch.arange(12).expand(2, 12))]
+
+    def kept(recomputed):
+        y = model.model.layers[0](x, rope, None, None, recomputed)
+        ((node, _),) = y.grad_fn.next_functions
+        return sum(t.untyped_storage().nbytes() for t in node.kept if isinstance(t, torch.Tensor))
+
+    on_device = {recomputed: kept(recomputed) for recomputed in (False, True)}
+    keep_on_host(model, 24)
+    assert kept(False) == on_device[False] - 2 * 4 * 24 * 64  # input and residual
+    assert kept(True) == 0
+
+
 def test_a_step_that_fails_leaves_no_input_behind_for_the_next(monkeypatch):
     _, gradients = run(tiny_model("nf4", torch.float32, WITH_LORA))
     model = tiny_model("nf4", torch.float32, WITH_LORA)
@@ -128,7 +145,7 @@ def test_a_step_that_fails_leaves_no_input_behind_for_the_next(monkeypatch):
     keep_on_host(model, IDS.numel())
     model.model.recomputed = 3
     with monkeypatch.context() as broken:
-        broken.setattr(model.model.layers[2].forward, "forward", lambda *_: 1 / 0)
+        broken.setattr(model.model.layers[2].forward, "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model)
     for _ in range(2):
