@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from accessory.fused.linears import STACKED
 from accessory.models.llama import Llama
 from accessory.quantization import QuantLinear, block_linears
 from accessory.quantization.dense import Dense
@@ -58,8 +59,9 @@ class Shape:
         )  # fmt: skip
 
     def scratch(self, *names: str) -> int:
-        """Bytes of the dequantized weights of these linears."""
-        return self.itemsize * sum(self.linears[n][0] * self.linears[n][1] for n in names if self.linears[n][2])
+        """Bytes of the dequantized weights of these linears, as far as they are there at the same time."""
+        numbers = [self.linears[n][0] * self.linears[n][1] for n in names if self.linears[n][2]]
+        return self.itemsize * (sum(numbers) if sum(numbers) <= STACKED else max(numbers))
 
 
 def head_scratch(model: Llama, s: Shape) -> int:

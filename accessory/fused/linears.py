@@ -3,8 +3,9 @@
     forward   y = x W^T + b + (x A^T) (s B)^T            W, A, b: the linears' stacked, B: block-diagonal
     backward  dx = dy W + u A,   u = dy (s B)            dA = u^T x,   dB = s dy^T (x A^T),   db = sum over tokens of dy
 
-W exists in 16 bit only while it is multiplied. Where a backend's kernel can add s B A to the weight as it dequantizes
-(in fp32, rounded once), the adapter's share of y and of dx comes out of the same matmul.
+W exists in 16 bit only while it is multiplied; where that is too much, one linear's at a time. Where a backend's kernel
+can add s B A to the weight as it dequantizes (in fp32, rounded once), the adapter's share of y and of dx comes out of
+the same matmul.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Part:
 
 
 MAX_RANK = 64  # what the kernels add to a weight
+STACKED = 2**28  # numbers of several linears' weights together at most; gate and up of a 70B model have 470 million
 FOLD_FROM = 1024  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
 
 
@@ -56,6 +58,8 @@ class Group:
         # In 16 bit a sum with a small adapter would round it away; a kernel that dequantizes has the weight in fp32.
         wide = max((part.a.shape[0] for part in self.parts if part.a is not None), default=0) > MAX_RANK
         self.can_fold = not wide and all(part.layer.can_fold for part in self.parts)
+        together = rows * self.in_features <= STACKED
+        self.stacks = [list(range(len(self.parts)))] if together else [[i] for i in range(len(self.parts))]
         self.bias: Optional[Tensor] = None
         self._a: Optional[Tensor] = None
         self._b: dict[int, Tensor] = {}
@@ -82,16 +86,19 @@ class Group:
                 pairs += [(self._a[part.ranks], part.a, 1.0), (self._b[i], part.b, part.scale)]
         return pairs
 
-    def _weight(self, dtype: torch.dtype, folded: bool) -> Tensor:
-        """The stacked weight [out of all, in]; plus s B A, if folded."""
-        if len(self.parts) == 1 and not folded:
-            return self.parts[0].layer.dequantize(dtype)  # an unquantized one is not copied
-        device = self.parts[0].layer.payload[0].device
-        weight = torch.empty(self.rows, self.in_features, dtype=dtype, device=device)
-        for i, part in enumerate(self.parts):
+    def _weight(self, dtype: torch.dtype, folded: bool, stack: list[int]) -> tuple[Tensor, slice]:
+        """The stacked weight [out of the stack's parts, in], plus s B A, if folded; and which of all rows these are."""
+        first, last = self.parts[stack[0]], self.parts[stack[-1]]
+        rows = slice(first.rows.start, last.rows.stop)
+        if len(stack) == 1 and not folded:
+            return first.layer.dequantize(dtype), rows  # an unquantized one is not copied
+        device = first.layer.payload[0].device
+        weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=dtype, device=device)
+        for i in stack:
+            part = self.parts[i]
             lora = (self._b[i], self._a[part.ranks]) if folded and part.a is not None else None
-            part.layer.dequantize_into(weight[part.rows], lora)
-        return weight
+            part.layer.dequantize_into(weight[part.rows.start - rows.start : part.rows.stop - rows.start], lora)
+        return weight, rows
 
     def _folds(self, x: Tensor) -> bool:
         return self.can_fold and bool(self.ranks) and len(x) >= FOLD_FROM
@@ -103,16 +110,34 @@ class Group:
     def forward(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """x: [m, in] -> y [m, out of all], and `project(x)`."""
         folded = self._folds(x)
-        y, t = F.linear(x, self._weight(x.dtype, folded), self.bias), self.project(x)
+        y, t = self._product(x, folded), self.project(x)
         if not folded:
             for i, part in self._adapted:
                 y[:, part.rows].addmm_(t[:, part.ranks], self._b[i].T)
         return y, t
 
+    def _product(self, x: Tensor, folded: bool) -> Tensor:
+        """x W^T + b."""
+        if len(self.stacks) == 1:
+            weight, _ = self._weight(x.dtype, folded, self.stacks[0])
+            return F.linear(x, weight, self.bias)
+        y = x.new_empty(len(x), self.rows)
+        for stack in self.stacks:
+            weight, rows = self._weight(x.dtype, folded, stack)
+            if self.bias is None:
+                torch.mm(x, weight.T, out=y[:, rows])
+            else:
+                torch.addmm(self.bias[rows], x, weight.T, out=y[:, rows])
+            del weight  # before the next one is made
+        return y
+
     def input_gradient(self, dy: Tensor, u: Optional[Tensor]) -> Tensor:
         """dy: [m, out of all]; u as from `gradients` -> dx [m, in]."""
-        folded = self._folds(dy)
-        dx = dy @ self._weight(dy.dtype, folded)
+        folded, dx = self._folds(dy), None
+        for stack in self.stacks:
+            weight, rows = self._weight(dy.dtype, folded, stack)
+            dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
+            del weight
         return dx if folded or u is None else dx.addmm_(u, self._a)
 
     def gradients(

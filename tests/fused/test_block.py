@@ -64,6 +64,19 @@ def test_hidden_states_and_gradients_are_autograds_through_the_plain_blocks(meth
             assert distance(found[name], gradient) < 1e-5, name
 
 
+@pytest.mark.parametrize("recipe", [NORM_BIAS, WITH_LORA, RecipeConfig(bias=False)], ids=["norm_bias", "lora", "norm"])
+def test_weights_too_large_to_stack_are_multiplied_one_after_the_other(recipe, monkeypatch):
+    hidden, gradients = run(tiny_model("nf4", torch.float32, recipe))
+    monkeypatch.setattr("accessory.fused.linears.STACKED", 10_000)  # gate and up have 24,576, q, k and v 8,192
+    model = tiny_model("nf4", torch.float32, recipe)
+    fuse_blocks(model)
+    block = model.model.layers[0].forward
+    assert [len(group.stacks) for group in block.groups] == [1, 1, 2, 1]
+    found_hidden, found = run(model)
+    assert distance(found_hidden, hidden) < 1e-6
+    assert all(distance(found[name], gradient) < 1e-5 for name, gradient in gradients.items())
+
+
 @pytest.mark.parametrize("recipe", [NORM_BIAS, WITH_LORA], ids=["norm_bias", "lora"])
 def test_in_bf16_it_is_as_near_to_fp64_as_the_plain_blocks_are(recipe):
     exact_hidden, exact = run(tiny_model("none", torch.float64, recipe))
