@@ -10,7 +10,7 @@ import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from benchmark_cases import flops_per_token
 
@@ -73,19 +73,23 @@ def write(document: Path, sources: Iterable[Path]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{document}: has no lines {BEGIN} and {END} to write between")
-    tables = "\n\n".join(tabulate(json.loads(source.read_text())) for source in sources)
+    together: dict[str, list[dict[str, Any]]] = {}
+    for source in sources:
+        results = json.loads(source.read_text())
+        together.setdefault(_heading(results), []).append(results)
+    tables = "\n\n".join(map(tabulate, together.values()))
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
 
 
-def tabulate(results: dict[str, Any]) -> str:
-    """One run: what it was measured on, its tables, how to repeat it."""
-    machine, rows = results["machine"], results["results"]
-    parts = [_machine(machine, results)]
+def tabulate(runs: list[dict[str, Any]]) -> str:
+    """Runs of one machine, versions and day: what they were measured on, their tables, how to repeat them."""
+    rows = [row | {"product_tflops": _product(run["machine"])} for run in runs for row in run["results"]]
+    parts = [_heading(runs[0]) + _machine([run["machine"] for run in runs])]
     for task, title in TITLES.items():
         chosen = [row for row in rows if row["task"] == task]
         if chosen:
-            parts.append(f"### {title}\n\n" + _table(task, chosen, machine))
+            parts.append(f"### {title}\n\n" + _table(task, chosen))
     profiled = [row for row in rows if row.get("profile", {}).get("kernels")]
     if profiled:
         parts.append("### Where a step's time goes, ms\n\n" + _profiles(profiled))
@@ -97,34 +101,45 @@ def tabulate(results: dict[str, Any]) -> str:
         )
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
-    parts.append(f"```bash\n{results['command']}\n```")
+    parts.append("```bash\n" + "\n".join(run["command"] for run in runs) + "\n```")
     return "\n\n".join(parts)
 
 
-def _machine(machine: dict[str, Any], results: dict[str, Any]) -> str:
+def _heading(results: dict[str, Any]) -> str:
+    machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
-    text = (
+    return (
         f"## {machine.get('device', 'unknown device')}{driver}, {results['date']}\n\n"
         f"Python {machine['python']}, {machine['cores']} cores, {versions}; this project at {machine['commit']}."
     )
-    if "matmul_tflops" not in machine:
-        return text
-    square = machine["square"]
-    text += (
-        f" In the same run, a bf16 product of {square} x {square} matrices ran at "
-        f"{machine['matmul_tflops'][f'{square} {square} {square}']:,.3g} TFLOP/s, and memory was copied at "
-        f"{machine['copy_gb_s']:,.0f} GB/s, read and written.\n\n"
+
+
+def _product(machine: dict[str, Any]) -> Optional[float]:
+    """TFLOP/s of the large square product of the same run."""
+    return machine.get("matmul_tflops", {}).get(" ".join([str(machine.get("square"))] * 3))
+
+
+def _machine(machines: list[dict[str, Any]]) -> str:
+    """What products and copies reached, run by run; the shapes of products are the first run's."""
+    if _product(machines[0]) is None:
+        return ""
+    square = machines[0]["square"]
+    rates, copies = ([f"{value:,.3g}" for value in values] for values in (
+        map(_product, machines), (machine["copy_gb_s"] / 1000 for machine in machines)))  # fmt: skip
+    runs = "run" if len(machines) == 1 else "runs, in their order"
+    text = (
+        f" In the same {runs}, a bf16 product of {square} x {square} matrices ran at {', '.join(rates)} TFLOP/s, and "
+        f"memory was copied at {', '.join(copies)} TB/s, read and written.\n\n"
         "| product, tokens x out x in | TFLOP/s |\n|---|---|\n"
     )
     return text + "\n".join(
-        f"| {shape.replace(' ', ' x ')} | {rate:,.3g} |" for shape, rate in machine["matmul_tflops"].items()
+        f"| {shape.replace(' ', ' x ')} | {rate:,.3g} |" for shape, rate in machines[0]["matmul_tflops"].items()
     )
 
 
-def _table(task: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    peak = machine.get("matmul_tflops", {}).get(" ".join([str(machine.get("square"))] * 3))
-    share = "| of the product's rate " if task == "train" and peak else ""
+def _table(task: str, rows: list[dict[str, Any]]) -> str:
+    share = "| of the product's rate " if task == "train" and rows[0]["product_tflops"] else ""
     dashes = "|---" * (7 if share else 6)
     peaks = "peak GiB (estimate)" if any(map(_estimate, rows)) else "peak GiB"
     lines = [f"| | system | tokens/s | ms a step, median (quartiles) | {peaks} | ours is {share}|", f"{dashes}|"]
@@ -140,7 +155,7 @@ def _table(task: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> st
         cells = [shape, _name(row), f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}", milliseconds]
         cells += [f"{row['peak_gib']:.2f}" + _estimate(row), _times(row)]
         if share:
-            cells.append(f"{row['tokens_per_s'] * flops_per_token(row) / peak / 1e10:.0f} %")
+            cells.append(f"{row['tokens_per_s'] * flops_per_token(row) / row['product_tflops'] / 1e10:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -155,7 +170,7 @@ def _profiles(rows: list[dict[str, Any]]) -> str:
         shape, last = (_shape(row), _shape(row)) if _shape(row) != last else ("", last)
         profile = row["profile"]
         idle = max(0.0, row["ms_per_step"] - profile["busy_ms"])
-        figures = [f"{value:.1f}" for value in (*(profile["by_kind"][kind] for kind in kinds), idle)]
+        figures = [f"{value:,.1f}" for value in (*(profile["by_kind"][kind] for kind in kinds), idle)]
         lines.append("| " + " | ".join([shape, _name(row), f"{profile['kernels']:,}", *figures]) + " |")
     return "\n".join(lines)
 
@@ -172,4 +187,5 @@ def _shape(row: dict[str, Any]) -> str:
     images = f", images {row['images']}" if row["images"] else ""
     checkpointing = ", checkpointing" if row["checkpointing"] else ", offload" if row.get("offload") else ""
     rows = f"{row['batch']} items" if row["task"] == "lengths" else f"{row['batch']} x {row['length']}"
+    rows += f" + {row['new_tokens']}" if row["task"] == "generate" else ""
     return f"{row['model'].upper()} {BASES[row['base']]} `{row['recipe']}`, {rows}{checkpointing}{images}"

@@ -25,7 +25,8 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     memory = gpu_memory(config)
     estimator = Estimator(config, None if memory is None else memory - OVERHEAD)
     asked = estimator.asked
-    names = {0: "recompute none", estimator.blocks: "recompute all"}
+    none = "inputs on host" if asked.offloaded and asked.recomputed == 0 else "recompute none"
+    names = {0: none, estimator.blocks: "recompute all"}
     columns = {number: names.get(number, f"{number} of them") for number in sorted({0, asked.recomputed, *names})}
     columns[asked.recomputed] += " *"
     trainings = {name: estimator.train(estimator.recomputing(number)) for number, name in columns.items()}

@@ -25,13 +25,13 @@ LINES = (  # (what it is called, its name in a training step, in an answer)
 
 
 def table(trainings: dict[str, Estimate], generation: Estimate) -> str:
-    lines = [f"  {'GiB':<22}" + "".join(f"{name:>16}" for name in (*trainings, "answering"))]
+    lines = [f"  {'GiB':<22}" + "".join(f"{name:>18}" for name in (*trainings, "answering"))]
     for label, train, answer in LINES:
         values = [each.parts.get(train) for each in trainings.values()] + [generation.parts.get(answer)]
         if any(values):
-            lines.append(f"  {label:<22}" + "".join(f"{_gib(value):>16}" for value in values))
+            lines.append(f"  {label:<22}" + "".join(f"{_gib(value):>18}" for value in values))
     peaks = [each.peak for each in (*trainings.values(), generation)]
-    return "\n".join([*lines, f"  {'peak':<22}" + "".join(f"{_gib(peak):>16}" for peak in peaks)])
+    return "\n".join([*lines, f"  {'peak':<22}" + "".join(f"{_gib(peak):>18}" for peak in peaks)])
 
 
 def _gib(size: Optional[int]) -> str:
