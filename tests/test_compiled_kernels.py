@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from accessory import decoding_cuda  # noqa: E402
 from accessory.fused import kernels_cuda  # noqa: E402
-from accessory.quantization import int4_cuda, matvec_cuda, nf4_cuda, nf4_lookup_cuda  # noqa: E402
+from accessory.quantization import eights_cuda, int4_cuda, matvec_cuda, nf4_cuda  # noqa: E402
 from accessory.quantization.int4 import Int4  # noqa: E402
 from accessory.quantization.nf4 import NF4  # noqa: E402
 
@@ -108,7 +108,7 @@ def test_int4s_product_with_a_few_rows(compiled, backend):
 
 def test_the_comparison_of_the_ptx_with_the_table(compiled):
     words, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(2, 8, 1024)
-    nf4_lookup_cuda._both_ways[(1,)](words, torch.zeros(16), out, 1024)
+    eights_cuda._both_ways[(1,)](words, torch.zeros(16), out, 1024)
     assert all(compiled["_both_ways"])
 
 

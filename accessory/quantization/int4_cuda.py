@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.quantization.eights_cuda import joined
+
 TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
@@ -35,6 +37,17 @@ def _int4_weight(
             held = (row < rows) & (byte < row_bytes)
             pair = tl.load(codes + row * row_bytes + byte, mask=held, other=0).to(tl.int32)
             code = tl.interleave(pair & 15, pair >> 4)
+        elif bits == 3:  # eight in three bytes
+            three = 3 * (first // 8 + tl.arange(0, tile_columns // 8)[None, :])
+            held = (row < rows) & (three < row_bytes)
+            place = codes + row * row_bytes + three
+            word = tl.load(place, mask=held, other=0).to(tl.int32)
+            word |= tl.load(place + 1, mask=held, other=0).to(tl.int32) << 8
+            word |= tl.load(place + 2, mask=held, other=0).to(tl.int32) << 16
+            code = joined(
+                word & 7, word >> 3 & 7, word >> 6 & 7, word >> 9 & 7, word >> 12 & 7, word >> 15 & 7, word >> 18 & 7,
+                word >> 21, tile_rows, tile_columns,
+            )  # fmt: skip
         else:
             code = tl.load(codes + row * row_bytes + column, mask=inside, other=0).to(tl.int32)
         parts: tl.constexpr = tile_columns // group_size if group_size < tile_columns else 1
@@ -88,7 +101,7 @@ def dequantize(
     group_size = in_features // groups
     tile_rows, tile_columns = TILE_WITH_LORA if lora else TILE
     whole_groups = tile_columns % group_size == 0 or group_size % tile_columns == 0
-    regular = bits in (4, 8) and not g_idx and whole_groups
+    regular = bits in (3, 4, 8) and not g_idx and whole_groups
     grid = (triton.cdiv(rows, tile_rows), triton.cdiv(in_features, tile_columns))
     with torch.cuda.device_of(codes):
         _int4_weight[grid](

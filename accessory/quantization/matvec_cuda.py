@@ -11,7 +11,7 @@ through shared memory before the last sum; some rows of W share x's loads, and a
 first is used. No row needs to be split among programs: even 1024 x 8192 fills the GPU, row by row.
 
 What bounds it is not memory but the instructions that unpack: 1.1 TB/s at 10 a weight on an H200. Hence the shuffles of
-nf4_lookup_cuda and the mantissas of `_coded`, which take 5 and 6 in all.
+eights_cuda and the mantissas of `_coded`, which take 5 and 6 in all.
 
 The order of additions depends on the shapes alone, so results do not change from run to run. Sums are fp32; NF4's
 values are fp32 too (the dequantized weight is rounded to x's dtype), int4's are not rounded to float16 before the
@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accessory.quantization.eights_cuda import eight_values, shuffles, values_of_codes
 from accessory.quantization.int4 import Int4
 from accessory.quantization.nf4 import NF4
-from accessory.quantization.nf4_lookup_cuda import eight_values, shuffles, values_of_codes
 
 # Unpacking a weight takes about 4 instructions, a row of x one more and its share of the loads of x: 8 rows take some
 # three or four times as long as one, where dequantizing moves nine times the bytes. For 16 the sums would fill the

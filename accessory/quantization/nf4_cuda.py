@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.quantization.nf4_lookup_cuda import eight_values, shuffles, values_of_codes
+from accessory.quantization.eights_cuda import eight_values, joined, shuffles, values_of_codes
 
 TILE, TILE_WITH_LORA = (16, 256), (16, 256)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
@@ -48,9 +48,10 @@ def _nf4_weight(
 
     eight = tl.load(packed + first_row.to(tl.int64) * row_words + first // 8 + (row * row_words + word), inside, 0)
     w0, w1, w2, w3, w4, w5, w6, w7 = eight_values(eight, levels, shuffle)
-    even = tl.join(tl.join(w0 * scale, w4 * scale), tl.join(w2 * scale, w6 * scale))
-    odd = tl.join(tl.join(w1 * scale, w5 * scale), tl.join(w3 * scale, w7 * scale))
-    weight = tl.reshape(tl.join(even, odd), (tile_rows, tile_columns))
+    weight = joined(
+        w0 * scale, w1 * scale, w2 * scale, w3 * scale, w4 * scale, w5 * scale, w6 * scale, w7 * scale,
+        tile_rows, tile_columns,
+    )  # fmt: skip
 
     column = tl.arange(0, tile_columns)[None, :]
     whole = exists & (first + column < in_features)

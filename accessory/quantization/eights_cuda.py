@@ -1,4 +1,4 @@
-"""NF4's codes to their values on a GPU: the eight of a word, without a load for each.
+"""Eight codes at a time on a GPU: the weights of a word in a thread's registers, and NF4's values without a load each.
 
 A table in memory costs an address (64 bits of arithmetic) and a load a weight, more than all else that is done to it.
 Instead every thread of a warp holds one of the 16 values, and a code asks the thread of its number for it: a shift and
@@ -39,6 +39,14 @@ def eight_values(word, values, shuffle: tl.constexpr):
         code = (word.to(tl.uint32, bitcast=True) >> (i ^ 1) * 4) & 15
         found = found + (tl.load(values + code),)  # noqa: RUF005
     return found
+
+
+@triton.jit
+def joined(w0, w1, w2, w3, w4, w5, w6, w7, rows: tl.constexpr, columns: tl.constexpr):
+    """Eight tensors [rows, columns / 8] -> [rows, columns], in which they take turns: a thread's eight lie together."""
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    return tl.reshape(tl.join(even, odd), (rows, columns))
 
 
 @triton.jit
