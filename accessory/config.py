@@ -229,8 +229,8 @@ class FastConfig:
     """Launch forward and backward of a micro-batch as one CUDA graph (one GPU)."""
     offload: Optional[bool] = None
     """Keep the inputs of blocks, and the residuals of those that are not recomputed, in host memory: copied beside the
-    computation, a fifth of the activations less. Unset: on a GPU where a step does not fit otherwise (needs `blocks`),
-    before any block is recomputed."""
+    computation, a fifth of the activations less. Unset: on a GPU where a step does not fit otherwise, before any block
+    is recomputed, and where all are (train.checkpointing=true); needs `blocks`."""
     padding_free: Optional[bool] = None
     """Lay the items of a micro-batch behind each other in rows of up to max_words tokens, instead of padding them to
     the longest: the same update, fewer tokens. data.packing instead fills batch_size whole rows: larger batches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +18,10 @@ from accessory.strategies import World
 
 log = logging.getLogger(__name__)
 HOST_ROOM = 0.5  # of the free host memory
+CGROUPS = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 ROOM = 0.94  # of the GPU's free memory; the rest is for fragmentation, and for an estimate that is a little short
 NAMES = {
     "blocks": "fused blocks",
@@ -82,10 +87,10 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
     return None
 
 
-def install(fast: Fast, config: Config, model: Llama) -> None:
+def install(fast: Fast, config: Config, model: Llama, world: World) -> None:
     """Put the parts that are in the model in place; called last, when all else is."""
     _replace_blocks(fast, model)
-    make_room(fast, config, model)
+    make_room(fast, config, model, world.local_size)
     _spare_graphs(fast, config, model)
 
 
@@ -100,33 +105,46 @@ def _replace_blocks(fast: Fast, model: Llama) -> None:
             block.forward = torch.compile(block.forward)  # not block.compile(): fsdp's hooks are no part of the graph
 
 
-def make_room(fast: Fast, config: Config, model: Llama) -> None:
+def make_room(fast: Fast, config: Config, model: Llama, local_ranks: int = 1) -> None:
     """Decide what is recomputed and what lies in host memory: as told, or the least that fits into the GPU's memory."""
-    told, step = config.fast.offload, largest_step(config, model)
-    obstacle = _against_offload(fast, model, step) if told is not False else None
-    if told and obstacle is not None:
+    step, offload = largest_step(config, model), config.fast.offload
+    recomputed, offloaded = _saving(config, model, step, offload)
+    if offload and "blocks" not in fast.active:
+        fast.why_not["offload"] = "only fused blocks (fast.blocks) can"
+    elif offloaded and (obstacle := _short_of_host_memory(model, step, recomputed, local_ranks)) is not None:
         fast.why_not["offload"] = obstacle
-    offload = told if obstacle is None else False
-    if model.device.type == "cpu":
-        model.model.recomputed, offloaded = len(model.model.layers) * bool(config.train.checkpointing), bool(offload)
-    else:
-        available = _available(model.device)
-        model.model.recomputed, offloaded = save_memory(model, step, available, config.train.checkpointing, offload)
+        recomputed, offloaded = _saving(config, model, step, False)
+    model.model.recomputed = recomputed
     if offloaded:
         fast.active.add("offload")
         keep_on_host(model, step.tokens)
 
 
-def _against_offload(fast: Fast, model: Llama, step: Step) -> str | None:
-    if "blocks" not in fast.active:
-        return "only fused blocks (fast.blocks) can"
-    # Host memory that is pinned cannot be swapped out, and other ranks of this machine want their share of it.
-    wanted, free = host_bytes(model, step, 0), psutil.virtual_memory().available
-    ranks = max(1, torch.cuda.device_count())
-    if wanted * ranks > HOST_ROOM * free:
-        each = f" for each of {ranks} GPUs" if ranks > 1 else ""
-        return f"it takes up to {wanted / GIB:.1f} GiB{each}, and host memory has {free / GIB:.1f} GiB free"
-    return None
+def _saving(config: Config, model: Llama, step: Step, offload: bool | None) -> tuple[int, bool]:
+    """(blocks to recompute, whether to offload)."""
+    if model.device.type == "cpu":  # not before it is asked for: host memory is all there is
+        return len(model.model.layers) if config.train.checkpointing else 0, bool(offload) and step.fused
+    return save_memory(model, step, _available(model.device), config.train.checkpointing, offload)
+
+
+def _short_of_host_memory(model: Llama, step: Step, recomputed: int, local_ranks: int) -> str | None:
+    """It is pinned, so it cannot be swapped out, and other ranks of this machine want as much."""
+    wanted, free = host_bytes(model, step, recomputed) * local_ranks, free_host_memory()
+    if wanted <= HOST_ROOM * free:
+        return None
+    each = f" for {local_ranks} ranks" if local_ranks > 1 else ""
+    return f"it would take {wanted / GIB:.1f} GiB of host memory{each}, more than half of the {free / GIB:.1f} GiB free"
+
+
+def free_host_memory() -> int:
+    """Bytes; in a container, what its limit leaves."""
+    free = psutil.virtual_memory().available
+    for limit, used in CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # another version's, or "max"
+            continue
+    return free
 
 
 def _available(device: torch.device) -> int:

@@ -160,7 +160,7 @@ def _build(config: Config, sources: Sources, world: World, fast: Fast) -> Llama:
         model.sharded.verify()
     torch.manual_seed(config.seed + world.rank)  # LoRA starts alike on all ranks, dropout draws for each its own
     model.image_transform = deterministic(config.data.image_transform)
-    fast_parts.install(fast, config, model)
+    fast_parts.install(fast, config, model, world)
     return model
 
 

@@ -87,7 +87,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         cases = [
             complete({"task": task, "model": model, "recipe": recipe, "base": base, "images": images, "batch": batch,
                       "length": options.length, "checkpointing": checkpointing, "compile": compiled,
-                      "offload": checkpointing or options.offload},
+                      "offload": checkpointing or (options.offload and compiled)},
                      options.systems, options.steps, options.warmup)
             for model in options.models or ["tiny"] for recipe in options.recipes or ["norm_bias", "norm_bias_lora"]
             for base in options.bases or ["nf4"] for images in options.images for task in TASKS[options.task]

@@ -14,8 +14,6 @@ from benchmark_steps import DTYPE, Batch, Step, System, eager_step
 
 from accessory.fused.graph import GraphedLoss
 
-TOKENS = 16 * 512  # of the largest micro-batch whose inputs lie in host memory
-
 
 def build_ours(case: dict[str, Any], share: Optional[tuple[int, int]] = None) -> tuple[Any, Callable]:
     """Our model, and its loss as a function of a batch; weights are made and quantized layer by layer. share: (rank,
@@ -117,7 +115,7 @@ def ours(group: dict[str, Any]) -> System:
 
     model, loss = build_ours(group)
     vocab = model.config.vocab_size
-    stack = keep_on_host(model, TOKENS) if group["compile"] else None
+    stack = keep_on_host(model, 1) if group["compile"] else None
 
     def checkpoint(on: bool) -> None:
         model.model.recomputed = len(model.model.layers) if on else 0

@@ -17,7 +17,7 @@ KINDS = {
     "16-bit weights": r"dequant|nf4_weight|int4_weight",
     "4-bit products": r"_words_kernel|_columns_kernel|gemv_4bit|gemm_4bit",
     "matrix products": r"nvjet|gemm|gemv|cutlass|splitk|cublas",
-    "optimizer, clipping": r"multi_tensor_apply|adam|foreach",
+    "optimizer, clipping, 16-bit copies": r"multi_tensor_apply|adam|foreach",
     "copies": r"memcpy|memset|copy_kernel",
 }
 REST = "norms, SwiGLU, rotary, loss, sums"
@@ -36,20 +36,24 @@ def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
-    return add_up((event.name, event.device_time_total) for event in profiler.events() if event.device_type == on_gpu)
+    events = (event for event in profiler.events() if event.device_type == on_gpu)
+    return add_up((event.name, event.time_range.start, event.time_range.end) for event in events)
 
 
-def add_up(kernels: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """kernels: (name, microseconds) of each launch."""
+def add_up(kernels: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
+    """kernels: (name, begin, end) of each launch, in microseconds. Those on different streams can overlap."""
     found: dict[str, list[float]] = {}
-    for name, microseconds in kernels:
-        found.setdefault(name, []).append(microseconds / 1000)
+    busy = reached = 0.0
+    for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        found.setdefault(name, []).append((end - begin) / 1000)
+        busy += max(0.0, end - max(begin, reached)) / 1000
+        reached = max(reached, end)
     by_kind = dict.fromkeys((*KINDS, REST), 0.0)
     for name, milliseconds in found.items():
         by_kind[kind_of(name)] += sum(milliseconds)
     longest = sorted(found.items(), key=lambda item: -sum(item[1]))[:SHOWN]
     return {
-        "busy_ms": sum(by_kind.values()),
+        "busy_ms": busy,
         "kernels": sum(map(len, found.values())),
         "by_kind": by_kind,
         "longest": [[name[:120], len(milliseconds), sum(milliseconds)] for name, milliseconds in longest],

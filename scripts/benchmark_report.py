@@ -122,7 +122,7 @@ def _product(machine: dict[str, Any]) -> Optional[float]:
 
 def _machine(machines: list[dict[str, Any]]) -> str:
     """What products and copies reached, run by run; the shapes of products are the first run's."""
-    if _product(machines[0]) is None:
+    if None in map(_product, machines):
         return ""
     square = machines[0]["square"]
     rates, copies = ([f"{value:,.3g}" for value in values] for values in (
@@ -139,7 +139,7 @@ def _machine(machines: list[dict[str, Any]]) -> str:
 
 
 def _table(task: str, rows: list[dict[str, Any]]) -> str:
-    share = "| of the product's rate " if task == "train" and rows[0]["product_tflops"] else ""
+    share = "| of the product's rate " if task == "train" and all(row["product_tflops"] for row in rows) else ""
     dashes = "|---" * (7 if share else 6)
     peaks = "peak GiB (estimate)" if any(map(_estimate, rows)) else "peak GiB"
     lines = [f"| | system | tokens/s | ms a step, median (quartiles) | {peaks} | ours is {share}|", f"{dashes}|"]
@@ -162,15 +162,16 @@ def _table(task: str, rows: list[dict[str, Any]]) -> str:
 
 def _profiles(rows: list[dict[str, Any]]) -> str:
     """A step of each system, by kind of kernel. What its kernels leave of the median step is time in which the GPU
-    waits for its next one."""
+    waits for its next one; steps of different lengths have no such median."""
     kinds = list(rows[0]["profile"]["by_kind"])
     lines = ["| | system | kernels | " + " | ".join(kinds) + " | idle |", "|---" * (4 + len(kinds)) + "|"]
     last = ""
     for row in rows:
         shape, last = (_shape(row), _shape(row)) if _shape(row) != last else ("", last)
         profile = row["profile"]
-        idle = max(0.0, row["ms_per_step"] - profile["busy_ms"])
-        figures = [f"{value:,.1f}" for value in (*(profile["by_kind"][kind] for kind in kinds), idle)]
+        idle = row["ms_per_step"] - profile["busy_ms"]
+        figures = [f"{profile['by_kind'][kind]:,.1f}" for kind in kinds]
+        figures.append("" if row["task"] == "lengths" or idle < 0 else f"{idle:,.1f}")
         lines.append("| " + " | ".join([shape, _name(row), f"{profile['kernels']:,}", *figures]) + " |")
     return "\n".join(lines)
 

@@ -220,7 +220,7 @@ def test_the_command_that_is_reported_names_no_folder():
         ("_nf4_weight", "16-bit weights"),
         ("_int4_weight", "16-bit weights"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>",
-         "optimizer, clipping"),
+         "optimizer, clipping, 16-bit copies"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", profiling.REST),
         ("_norm_backward", profiling.REST),
@@ -232,8 +232,15 @@ def test_a_kernels_name_says_what_it_does(kernel, kind):
 
 def test_a_profiled_step_is_a_line_by_kind_with_what_the_gpu_waits(measured, tmp_path):
     row = dict(measured["cases"][0][0], ms_per_step=10.0)
-    row["profile"] = profiling.add_up([("nvjet_a", 1500.0), ("nvjet_a", 2500.0), ("_nf4_weight", 2000.0)])
-    assert row["profile"]["longest"][0] == ["nvjet_a", 2, 4.0] and row["profile"]["kernels"] == 3
+    row["profile"] = profiling.add_up(
+        [
+            ("nvjet_a", 0.0, 1500.0),
+            ("nvjet_a", 4000.0, 6500.0),
+            ("_nf4_weight", 1500.0, 3500.0),
+            ("Memcpy", 1000.0, 4500.0),
+        ]
+    )
+    assert row["profile"]["longest"][0] == ["nvjet_a", 2, 4.0] and row["profile"]["kernels"] == 4
     document = tmp_path / "performance.md"
     source = tmp_path / "results.json"
     source.write_text(json.dumps(results([row])))
@@ -241,8 +248,8 @@ def test_a_profiled_step_is_a_line_by_kind_with_what_the_gpu_waits(measured, tmp
     lines = document.read_text().split("### Where a step's time goes, ms")[1].strip().splitlines()
     head, figures = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2))
     found = dict(zip(head, figures, strict=True))
-    assert found["kernels"] == "3" and found["matrix products"] == "4.0" and found["16-bit weights"] == "2.0"
-    assert found["idle"] == "4.0" and found["attention"] == "0.0"
+    assert found["kernels"] == "4" and found["matrix products"] == "4.0" and found["16-bit weights"] == "2.0"
+    assert found["idle"] == "3.5" and found["attention"] == "0.0"
 
 
 def test_a_profile_without_a_gpu_is_refused(monkeypatch):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_data, tiny_config, trainables
 
 import accessory
 from accessory.config import Config, DataParallel, Precision
-from accessory.fast import Fast, choose, install, make_room
+from accessory.estimate import host_bytes
+from accessory.fast import Fast, choose, free_host_memory, install, largest_step, make_room
 from accessory.finetune import finetune
 from accessory.fused.model import fuse_blocks
 from accessory.strategies import World
@@ -79,7 +78,12 @@ def test_the_summary_names_the_parts():
 
 @pytest.mark.parametrize(
     ("told", "fused", "active", "reason"),
-    [(None, True, False, None), (True, True, True, None), (True, False, False, "only fused blocks")],
+    [
+        (None, True, False, None),
+        (True, True, True, None),
+        (False, True, False, None),
+        (True, False, False, "only fused blocks (fast.blocks) can"),
+    ],
 )
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_on_a_cpu_inputs_go_to_host_memory_where_it_is_asked_for(
@@ -92,19 +96,33 @@ def test_on_a_cpu_inputs_go_to_host_memory_where_it_is_asked_for(
     make_room(fast, config(**{"fast.offload": told, "train.checkpointing": checkpointing}), model)
     assert ("offload" in fast.active) == active
     assert (fused and model.model.layers[0].forward.host is not None) == active
-    assert (reason or "") in fast.why_not.get("offload", "")
+    assert fast.why_not.get("offload") == reason
     assert model.model.recomputed == checkpointing * len(model.model.layers)
 
 
-def test_where_host_memory_is_short_nothing_goes_there(meta_folder, monkeypatch):
+def test_no_more_than_half_of_the_free_host_memory_is_taken_by_all_ranks_together(meta_folder, monkeypatch):
     model = accessory.load_model([meta_folder], quantization="nf4")
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     fuse_blocks(model)
-    for told in (None, True):
+    asked = config(**{"fast.offload": True})
+    needed = host_bytes(model, largest_step(asked, model), 0)
+    for free, ranks, fits in ((2 * needed, 1, True), (2 * needed - 1, 1, False), (2 * needed, 2, False)):
+        monkeypatch.setattr("accessory.fast.free_host_memory", lambda free=free: free)
         fast = Fast({"blocks"})
-        make_room(fast, config(**{"fast.offload": told}), model)
-        assert fast.active == {"blocks"}
-        assert ("host memory has 0.0 GiB free" in fast.why_not.get("offload", "")) == (told is True)
+        make_room(fast, asked, model, ranks)
+        assert ("offload" in fast.active) == fits
+        assert ("GiB of host memory" in fast.why_not.get("offload", "")) == (not fits)
+
+
+def test_in_a_container_its_limit_counts(tmp_path, monkeypatch):
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr("accessory.fast.CGROUPS", [(limit, used)])
+    machine = free_host_memory()
+    for text in ("max\n", "9223372036854771712\n"):
+        limit.write_text(text)
+        used.write_text("1000\n")
+        assert free_host_memory() == pytest.approx(machine, rel=0.2)
+    limit.write_text("5000\n")
+    assert free_host_memory() == 4000
 
 
 def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(meta_folder, monkeypatch):
@@ -112,7 +130,7 @@ def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(m
     model = accessory.load_model([meta_folder], quantization="nf4")
     monkeypatch.setattr("accessory.fast.why_not_fused", lambda _: "its kernels do not run here: no C compiler")
     fast = Fast({"blocks", "padding_free"})
-    install(fast, config(**{"fast.compile": True}), model)
+    install(fast, config(**{"fast.compile": True}), model, world("cpu"))
     assert fast.active == {"padding_free"} and "no C compiler" in fast.why_not["blocks"]
     assert not model.model.fused and "forward" not in vars(model.model.layers[0])
 

@@ -15,7 +15,7 @@ from accessory.estimate.description import build, describe_model
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.options import EstimateConfig
 from accessory.estimate.parts import Estimate
-from accessory.estimate.training import Step, estimate_training, save_memory
+from accessory.estimate.training import Step, estimate_training, host_bytes, save_memory
 from accessory.fast import Fast, choose
 from accessory.models.llama import Llama
 from accessory.strategies import DTYPES, World
@@ -75,7 +75,9 @@ class Estimator:
     def fast(self, case: Case) -> Fast:
         """What a run on GPUs would choose."""
         ranks = max(self.config.ranks, case.shards)
-        return choose(self.config, World(0, 0, ranks, ranks, torch.device("cuda")))
+        fast = choose(self.config, World(0, 0, ranks, ranks, torch.device("cuda")))
+        fast.active |= {"offload"} if case.offloaded else set()
+        return fast
 
     def _images(self, case: Case) -> int:
         """Of a micro-batch: one a row, but as many as there is room for where rows are packed."""
@@ -97,14 +99,20 @@ class Estimator:
         """What is asked, with so many blocks recomputed."""
         if blocks == self.asked.recomputed:
             return self.asked
-        told = self.config.fast.offload
-        return replace(self.asked, recomputed=blocks, offloaded=blocks == self.blocks if told is None else told)
+        if blocks == self.blocks:
+            return self.fitting(self.asked, math.inf, True)
+        return replace(self.asked, recomputed=blocks, offloaded=bool(self.config.fast.offload))
 
     def saving(self, case: Case) -> str:
         """What of a step is recomputed or lies elsewhere."""
         if case.recomputed:
             return f"{case.recomputed} of {self.blocks} blocks recomputed"
         return "inputs in host memory" if case.offloaded else "nothing recomputed"
+
+    def on_host(self) -> int:
+        """Bytes of host memory that a rank's step takes, as asked."""
+        case = self.asked
+        return host_bytes(self.model(case), self.step(case), case.recomputed) if case.offloaded else 0
 
     def generate(self) -> Estimate:
         c, model = self.config, self.model(self.asked)
@@ -122,6 +130,8 @@ class Estimator:
         if asked.recomputed < self.blocks:
             some = self.fitting(asked, available, None)
             yield f"train.checkpointing=null: {self.saving(some)}", self.train(some).peak
+        if self.config.fast.offload is False and self.step(asked).fused:
+            yield "fast.offload=null: inputs in host memory", self.train(replace(asked, offloaded=True)).peak
         for name, smallest in (("rows", 1), ("width", 128)):
             smaller = self._halved(asked, name, smallest, available)
             if smaller != asked:

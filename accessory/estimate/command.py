@@ -34,9 +34,12 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     print(title(estimator), "", table(trainings, generation), f"  * {chosen(estimator, memory)}", "", sep="\n")
     figures: dict[str, Any] = {
         "model": estimator.described.name,
-        "train": {str(n): vars(trainings[name]) for n, name in columns.items()},
+        "train": {
+            str(n): vars(trainings[name]) | {"offloaded": estimator.recomputing(n).offloaded}
+            for n, name in columns.items()
+        },
         "recomputed_blocks": asked.recomputed,
-        "offloaded": asked.offloaded,
+        "host_memory": estimator.on_host(),
         "generate": vars(generation),
     }
     if memory is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -94,7 +95,8 @@ def save_memory(
     model: Llama, step: Step, available_bytes: float, checkpointing: Optional[bool], offload: Optional[bool]
 ) -> tuple[int, bool]:
     """(blocks to recompute, whether to offload): what makes the step fit in the least time, where the arguments leave
-    it open. Copies to host memory run beside the computation, so they come before recomputing, and after nothing."""
+    it open. Copies to host memory run beside the computation, so they come before recomputing, and after nothing; where
+    all blocks are to be recomputed, memory is what counts, and they are made in any case."""
     blocks = model.config.num_hidden_layers
     recomputed = 0
     for offloaded in (False, True) if offload is None and step.fused else (bool(offload) and step.fused,):
@@ -109,10 +111,10 @@ def save_memory(
 
 
 def host_bytes(model: Llama, step: Step, recomputed_blocks: int) -> int:
-    """Host memory that offloading takes."""
+    """Host memory that offloading takes: pinned, which torch allocates in powers of two."""
     shape = Shape.of(model, step.dtype)
     sent = 2 * shape.blocks - recomputed_blocks
-    return sent * shape.itemsize * step.tokens * shape.d
+    return sent * 2 ** math.ceil(math.log2(shape.itemsize * step.tokens * shape.d))
 
 
 def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes: int) -> bool:

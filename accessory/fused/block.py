@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from accessory.fused import pointwise
-from accessory.fused.host import HostStack
+from accessory.fused.host import HostStack, Place
 from accessory.fused.linears import Group
 from accessory.models.llama import Block, Cache, Mask, attend
 
-Kept = Union[Tensor, int]  # int: the place in host memory
+Kept = Union[Tensor, Place]
 
 
 class FusedBlock:

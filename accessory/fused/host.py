@@ -11,6 +11,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+Place = tuple[int, int]  # the number of the forward, and the place in its stack
+
 
 class HostStack:
     """push what forward is done with, pop it in backward. Captured by a CUDA graph like any other work."""
@@ -25,9 +27,11 @@ class HostStack:
         self._leaving: Optional[Tensor] = None  # on the device, while its copy is under way
         self._arriving: Optional[Tensor] = None  # the topmost of the stack, on its way back
         self._copies = False  # under way, or done and not waited for
+        self._steps = 0
 
     def clear(self) -> None:
-        """Forget what a step that failed has left; called before each."""
+        """Forget what a step that failed has left; called before each forward that a backward will follow."""
+        self._steps += 1
         if not self._held and self._arriving is None:
             return
         if self._stream is not None:
@@ -36,8 +40,8 @@ class HostStack:
         self._leaving = self._arriving = None
         self._copies = False
 
-    def push(self, x: Tensor) -> int:
-        """Returns the place that `pop` wants to know."""
+    def push(self, x: Tensor) -> Place:
+        """Returns what `pop` wants to know."""
         assert self._arriving is None
         self._wait()  # the one before has left: its memory is free again
         place = len(self._held)
@@ -51,14 +55,15 @@ class HostStack:
         self._held.append(self._buffers[place][: x.numel()].view(x.shape))
         self._leaving = x.detach()
         self._copy(self._held[-1], self._leaving)
-        return place
+        return self._steps, place
 
-    def pop(self, place: int) -> Tensor:
-        assert place == len(self._held) - 1, "what was pushed last comes back first: one backward for each forward"
-        if self._arriving is None:
-            self._fetch()
+    def pop(self, place: Place) -> Tensor:
+        if place != (self._steps, len(self._held) - 1):
+            raise RuntimeError("fast.offload: another forward came before this one's backward; fast.offload=false")
+        x = self._leaving if self._arriving is None else self._arriving  # what was pushed last is still here
+        assert x is not None
         self._wait()
-        x, self._arriving = self._arriving, None
+        self._arriving = None
         self._held.pop()
         if self._held:
             self._fetch()

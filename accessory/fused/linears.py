@@ -132,7 +132,7 @@ class Group:
         return y
 
     def input_gradient(self, dy: Tensor, u: Optional[Tensor]) -> Tensor:
-        """dy: [m, out of all]; u as from `gradients` -> dx [m, in]."""
+        """dy: [m, out of all]; u as from `gradients` -> dx [m, in], rounded after each stack."""
         folded, dx = self._folds(dy), None
         for stack in self.stacks:
             weight, rows = self._weight(dy.dtype, folded, stack)

@@ -30,7 +30,7 @@ CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,l")
 @triton.jit
 def eight_values(word, values, shuffle: tl.constexpr):
     """word: int32 [...], eight codes in bitsandbytes' order; values: of the 16 codes, fp32 in memory -> eight tensors
-    fp32 [...], in the order of the weights. All of a warp's threads must come by."""
+    fp32 [...], in the order of the weights. No branch that only some of a warp's threads take may stand around it."""
     if shuffle:
         place = values.to(tl.int64)
         return tl.inline_asm_elementwise(PTX, CONSTRAINTS, [word, place], (tl.float32,) * 8, is_pure=True, pack=1)
@@ -65,7 +65,7 @@ def shuffles() -> bool:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
     count = 1024
-    words = torch.randint(-(2**31), 2**31 - 1, (count,), device="cuda").to(torch.int32)
+    words = (torch.arange(count, device="cuda") * 0x9E3779B1).to(torch.int32)  # no draw of a run's generator
     out = torch.zeros(2, 8, count, device="cuda")
     try:
         _both_ways[(1,)](words, values_of_codes(words.device), out, count)

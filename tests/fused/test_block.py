@@ -151,14 +151,24 @@ def test_inputs_and_residuals_in_host_memory_are_not_kept_beside_it():
     assert kept(True) == 0
 
 
-def test_a_step_that_fails_leaves_no_input_behind_for_the_next(monkeypatch):
+def test_a_second_forward_before_the_backward_of_the_first_is_an_error_not_a_wrong_gradient():
+    model = tiny_model("nf4", torch.float32, NORM_BIAS)
+    fuse_blocks(model)
+    keep_on_host(model, IDS.numel())
+    first, _ = (model.hidden_states(IDS).sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match="another forward came"):
+        first.backward()
+
+
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_a_step_that_fails_leaves_no_input_behind_for_the_next(recomputed, monkeypatch):
     _, gradients = run(tiny_model("nf4", torch.float32, WITH_LORA))
     model = tiny_model("nf4", torch.float32, WITH_LORA)
     fuse_blocks(model)
     keep_on_host(model, IDS.numel())
-    model.model.recomputed = 3
+    model.model.recomputed = recomputed
     with monkeypatch.context() as broken:
-        broken.setattr(model.model.layers[2].forward, "forward", lambda *_, **__: 1 / 0)
+        broken.setattr(model.model.layers[2].forward.down, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model)
     for _ in range(2):

@@ -23,6 +23,13 @@ def test_a_few_rows_times_an_odd_number_of_rows_of_weights(backend, rows):
     check(backend, (9, 768), rows, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"), [("nf4-double_quant", 776), ("nf4-single_quant", 200), ("int4-groups_of_8", 40)]
+)
+def test_inputs_that_loads_of_sixteen_do_not_divide(name, columns):
+    check(BACKENDS[name], (9, columns), 1, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("name", ["nf4-double_quant", "int4", "int3"])
 def test_inputs_that_take_several_steps_and_a_part_of_one(name):
     check(BACKENDS[name], (5, 11008 - 256), 1, torch.float32, "cpu", bias=False)
