@@ -12,9 +12,11 @@ import accessory
 from accessory.callbacks import read_series
 from accessory.capture import capturing
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.estimate import Step, estimate_training
 from accessory.finetune import finetune
 from accessory.fused import pointwise
 from accessory.fused.graph import GraphedLoss
+from accessory.fused.host import HostStack
 from accessory.fused.model import fuse_blocks, keep_on_host
 from accessory.models import build_model, config_from_params
 from accessory.module import batch_loss
@@ -119,6 +121,60 @@ def test_fused_blocks_are_as_near_to_fp32_gradients_as_plain_ones(lora, fast):
         for name, reference in exact.items():
             limit = 1.5 * (plain[name] - reference).norm() + 2e-3 * scale
             assert (fused[name] - reference).norm() < limit, name
+
+
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
+def test_what_lies_in_host_memory_is_waited_for_however_long_its_copies_take(recomputed, monkeypatch):
+    input_ids = torch.randint(1000, (2, 64), device="cuda")
+    model = small_model(RecipeConfig())
+    fuse_blocks(model)
+    expected = gradients(model, input_ids)
+    copy = HostStack._copy
+
+    def late(self, to, source):
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(20_000_000)  # cycles: some ten milliseconds, where a block takes a fraction of one
+        copy(self, to, source)
+
+    monkeypatch.setattr(HostStack, "_copy", late)
+    keep_on_host(model, input_ids.numel())
+    model.model.recomputed = recomputed
+    for _ in range(2):
+        for name, gradient in gradients(model, input_ids).items():
+            assert (gradient - expected[name]).norm() <= 2e-2 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 4, 8])
+def test_a_steps_peak_is_the_estimated_one(recomputed, offloaded):
+    from accessory.weights import weight_places
+
+    torch.manual_seed(0)
+    params = {"dim": 1024, "n_layers": 8, "n_heads": 8, "vocab_size": 1000}
+    model = build_model(config_from_params(params, 1000, "test"))
+    quantize(model, QuantizationConfig(method=QuantMethod.nf4), torch.bfloat16)
+    add_trainables(model, RecipeConfig())
+    mark_trainable(model, RecipeConfig())
+    for name, (shape, store, _) in weight_places(model, torch.device("cuda"), torch.bfloat16):
+        store(0.02 * torch.randn(shape, device="cuda") + ("norm" in name))
+    model.model.rotary_emb.to("cuda")
+    fuse_blocks(model)
+    if offloaded:
+        keep_on_host(model, 16 * 512)
+    model.model.recomputed = recomputed
+    ids = torch.randint(1000, (16, 512), device="cuda")
+    positions = torch.arange(512, device="cuda").expand(16, 512)
+    batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "position_ids": positions}
+    there = torch.cuda.memory_allocated()
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        batch_loss(model, batch).backward()
+    step = Step(16, 512, captured=False, offloaded=offloaded)
+    parts = estimate_training(model, step, recomputed).parts
+    passing = sum(parts[name] for name in ("gradients", "workspace", "activations"))
+    passing += max(parts["loss"], parts["backward"])
+    measured = torch.cuda.max_memory_allocated() - there
+    assert 0.9 < passing / measured < 1.1
 
 
 @pytest.mark.parametrize(
