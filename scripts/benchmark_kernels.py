@@ -3,7 +3,8 @@
     python scripts/benchmark_kernels.py --model 7b --tokens 512 8192 --output kernels.json
 
 Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's:
-torch.compile of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. Medians
+torch.compile of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. A few
+rows' product with the packed weight: bitsandbytes' own for NF4, a product with the dequantized weight for int4. Medians
 of what triton.testing.do_bench times; `of a copy` is the share of that time in which a copy would move what must be
 read and written once.
 """
@@ -21,6 +22,7 @@ import _checkout  # noqa: F401
 import accessory  # noqa: F401
 
 # isort: split
+import bitsandbytes
 import torch  # after accessory, which sets what torch reads when it is loaded
 
 from accessory.fused import pointwise
@@ -44,12 +46,8 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     rope = [turn(angle).repeat(1, 2).to(DTYPE) for turn in (torch.cos, torch.sin)]
     qkv = random(tokens, heads + 2 * kv_heads, size)
     gradients = [random(1, tokens, h, size).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
-    x, dy, residual, rstd = (
-        random(tokens, d),
-        random(tokens, d),
-        random(tokens, d),
-        torch.rand(tokens, 1, device="cuda"),
-    )
+    x, dy, residual = (random(tokens, d) for _ in range(3))
+    rstd = torch.rand(tokens, 1, device="cuda")
     weight, gate_up, dh = random(d, dtype=torch.float32), random(tokens, 2 * f), random(tokens, f)
     turned = heads + kv_heads
     arguments = {
@@ -60,7 +58,7 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     }
     for name, (given, moved) in arguments.items():
         function = getattr(pointwise, name)
-        yield name, partial(function, *given), partial(torch.compile(function.plain), *given), moved
+        yield f"{name} {tokens}", partial(function, *given), partial(torch.compile(function.plain), *given), moved
 
 
 def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
@@ -76,6 +74,34 @@ def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
             yield name, partial(backend.dequantize_into, payload, out, None), read, moved
             added = partial(backend.dequantize_into, payload, out, lora)
             yield f"{name} + LoRA", added, partial(read_and_add, read, lora), moved
+
+
+def product_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:
+    from accessory.quantization import matvec_cuda  # Triton need not be installed where there is no GPU
+
+    d, f, *_ = SHAPES[model]
+    for shape in ((d, d), (f, d), (d, f)):
+        weight = random(*shape, dtype=torch.float32)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight.to(DTYPE), quant_type="nf4", compress_statistics=True
+        )
+        nf4, int4 = NF4(), Int4(4, 64)
+        codes = int4.quantize(weight)
+        for rows in (1, 8):
+            x = random(rows, shape[1])
+            theirs = {
+                nf4: partial(bitsandbytes.matmul_4bit, x, packed.t(), state),
+                int4: partial(torch.compile(plain_int4_product), x, codes, shape),
+            }
+            for backend, library in theirs.items():
+                payload = nf4.quantize(weight) if backend is nf4 else codes
+                ours = partial(matvec_cuda.matvec, x, payload, backend, shape)
+                moved = sum(tensor.nbytes for tensor in payload)
+                yield f"{rows} x {backend.name} {shape[0]} x {shape[1]}", ours, library, moved
+
+
+def plain_int4_product(x: torch.Tensor, payload: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
+    return x @ plain_int4_weight(payload, shape).T
 
 
 def read_and_add(read: Call, lora: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -110,10 +136,10 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {speed / 1e9:.2f} TB/s")
     print(f"{'':<34}{'ours us':>10}{'library us':>12}{'ratio':>8}{'of a copy':>11}")
     rows = []
-    for tokens in (None, *options.tokens):
-        cases = weight_cases(options.model) if tokens is None else pointwise_cases(options.model, tokens)
+    groups = [product_cases(options.model), weight_cases(options.model)]
+    groups += [pointwise_cases(options.model, tokens) for tokens in options.tokens]
+    for cases in groups:
         for name, ours, library, moved in cases:
-            name = name if tokens is None else f"{name} {tokens}"
             mine, theirs = (1000 * do_bench(call, return_mode="median") for call in (ours, library))
             share = 1000 * moved / speed / mine
             rows.append({"name": name, "ours_us": mine, "library_us": theirs, "of_copy": share})
