@@ -111,19 +111,7 @@ def _words_kernel(
         for step in tl.static_range(steps):
             place = start + step * block + tl.arange(0, block)
             inside = place < row_loads
-            inputs, input_sums = (), ()
-            for m in tl.static_range(block_m):
-                # A row of x that is not there repeats the last one.
-                x_row = x + tl.minimum(m, rows - 1) * row_loads * 8 * eights
-                total = tl.zeros((block,), tl.float32)
-                for part in tl.static_range(eights):
-                    eight = (place * eights + part)[:, None] * 8 + tl.arange(0, 8)[None, :]
-                    numbers = _numbers(tl.load(x_row + eight, inside[:, None], 0.0))
-                    inputs = inputs + numbers
-                    if not nf4:
-                        for i in tl.static_range(8):
-                            total += numbers[i]
-                input_sums = input_sums + (total,)  # noqa: RUF005
+            inputs, input_sums = _inputs(x, rows, row_loads, place, inside, not nf4, block_m, eights)
             for r in tl.static_range(block_out):
                 row = tl.minimum(first_row + r, out_features - 1).to(tl.int32)
                 if nf4:  # blocks run over the ends of rows
@@ -164,6 +152,25 @@ def _words_kernel(
                         updated = updated + (sums[i],)  # noqa: RUF005
                 sums = updated
     _store(y, _totals(sums, count_log2), bias, first_row, rows, out_features, has_bias, block_m)
+
+
+@triton.jit
+def _inputs(x, rows, row_loads, place, inside, summed: tl.constexpr, block_m: tl.constexpr, eights: tl.constexpr):
+    """The numbers of x that go with a load: `8 * eights` for each row; and, if asked for, their sum for each row."""
+    inputs, sums = (), ()
+    for m in tl.static_range(block_m):
+        # A row of x that is not there repeats the last one.
+        x_row = x + tl.minimum(m, rows - 1) * row_loads * 8 * eights
+        total = tl.zeros(place.shape, tl.float32)
+        for part in tl.static_range(eights):
+            eight = (place * eights + part)[:, None] * 8 + tl.arange(0, 8)[None, :]
+            numbers = _numbers(tl.load(x_row + eight, inside[:, None], 0.0))
+            inputs = inputs + numbers
+            if summed:
+                for i in tl.static_range(8):
+                    total += numbers[i]
+        sums = sums + (total,)  # noqa: RUF005
+    return inputs, sums
 
 
 @triton.jit
