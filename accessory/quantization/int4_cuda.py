@@ -17,7 +17,7 @@ from torch import Tensor
 from accessory.quantization.eights_cuda import joined
 
 TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
-WARPS, WARPS_WITH_LORA = 4, 4
+WARPS, WARPS_WITH_LORA = 2, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from accessory.quantization.eights_cuda import eight_values, joined, shuffles, values_of_codes
 
-TILE, TILE_WITH_LORA = (16, 256), (16, 256)  # rows and columns that a program writes
-WARPS, WARPS_WITH_LORA = 4, 4
+TILE, TILE_WITH_LORA = (32, 256), (64, 64)  # rows and columns that a program writes
+WARPS, WARPS_WITH_LORA = 8, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 HALF = torch.float16  # known to every GPU
 
