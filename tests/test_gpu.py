@@ -165,16 +165,15 @@ def test_a_steps_peak_is_the_estimated_one(recomputed, offloaded):
     ids = torch.randint(1000, (16, 512), device="cuda")
     positions = torch.arange(512, device="cuda").expand(16, 512)
     batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "position_ids": positions}
+    batch_loss(model, batch).backward()  # the gradients are there from now on, and the libraries' workspaces
     there = torch.cuda.memory_allocated()
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        batch_loss(model, batch).backward()
+    torch.cuda.reset_peak_memory_stats()
+    batch_loss(model, batch).backward()
     step = Step(16, 512, captured=False, offloaded=offloaded)
     parts = estimate_training(model, step, recomputed).parts
-    passing = sum(parts[name] for name in ("gradients", "workspace", "activations"))
-    passing += max(parts["loss"], parts["backward"])
+    passing = parts["activations"] + max(parts["loss"], parts["backward"])
     measured = torch.cuda.max_memory_allocated() - there
-    assert 0.9 < passing / measured < 1.1
+    assert 0.95 < passing / measured < 1.08
 
 
 @pytest.mark.parametrize(

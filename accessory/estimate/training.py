@@ -10,7 +10,7 @@ import torch
 
 from accessory.estimate.counting import copies_bytes, held_bytes
 from accessory.estimate.images import image_part
-from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, Estimate
+from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, THREADS, Estimate
 from accessory.estimate.shapes import GROUPS, Shape, head_scratch
 from accessory.models.llama import Llama
 from accessory.models.loss import GPU_CHUNK
@@ -68,7 +68,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
         "trainables": trainables + (copies_bytes(model, shape.itemsize) if fused else 0),
         "gradients": trainables,
         "optimizer": 2 * trainables,
-        "workspace": CUBLAS_WORKSPACE * (STREAMS if step.captured else 1) if fused else 0,
+        "workspace": CUBLAS_WORKSPACE * (STREAMS if step.captured else THREADS) if fused else 0,
         "images": image_passing,
         "activations": activations,
         "loss": _loss(model, shape, step.tokens, fused, fused and step.captured),
@@ -132,8 +132,8 @@ def _peak(parts: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes: kept for backward; passing, needed by its backward besides; again, by that of a block that keeps its input
-    alone."""
+    """Bytes: kept for backward; passing, needed by its backward besides (and by its forward at most); again, by the
+    backward of a block that keeps its input alone."""
 
     kept: int
     passing: int

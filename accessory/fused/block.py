@@ -82,12 +82,14 @@ class FusedBlock:
         middle, normed, rstd_2 = pointwise.add_norm(x, y, second.weight, second.eps)
         residual = self.host.push(middle) if sends else middle
         gate_up, t_gate_up = self.gate_up.forward(normed)
-        t_down = None
-        if not repeated:
-            y, t_down = self.down.forward(pointwise.swiglu(gate_up))
-            y += middle
-        kept = [rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up, t_down]
-        return y, [*kept, heard] if repeated else kept
+        del y, normed  # with all that the block keeps, the MLP's last step is where a forward takes most
+        kept = [rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up]
+        if repeated:
+            return None, [*kept, None, heard]
+        del heard
+        y, t_down = self.down.forward(pointwise.swiglu(gate_up))
+        y += middle
+        return y, [*kept, t_down]
 
     def backward(
         self, dy: Tensor, x: Kept, kept: list[Any], rope: tuple[Tensor, Tensor], rows: tuple[int, int], mask: Mask
