@@ -77,10 +77,10 @@ def test_nf4s_dequantization(compiled, shuffled, double_quant):
     assert len(compiled["_nf4_weight"]) == 3 and all(compiled["_nf4_weight"])
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_int4s_dequantization(compiled, bits):
+@pytest.mark.parametrize("bits, reordered", [(2, False), (3, False), (4, False), (8, False), (4, True)])
+def test_int4s_dequantization(compiled, bits, reordered):
     shape = (64, 256)
-    payload = Int4(bits, 64).quantize(torch.zeros(shape))
+    payload = Int4(bits, 64, reordered=reordered).quantize(torch.zeros(shape))
     for added in (None, lora(*shape, 16)):
         int4_cuda.dequantize(payload, bits, shape, BF16, lora=added)
     assert len(compiled["_int4_weight"]) == 2 and all(compiled["_int4_weight"])

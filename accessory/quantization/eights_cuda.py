@@ -42,8 +42,19 @@ def eight_values(word, values, shuffle: tl.constexpr):
 
 
 @triton.jit
+def eights_of_tile(rows: tl.constexpr, columns: tl.constexpr):
+    """Row of each of a tile's eights, and its number in that row: int32 [rows * columns / 8] each.
+
+    In one dimension, and for all the compiler knows no two of them are neighbours: it would let a thread load four
+    words at once, and then pass the weights through shared memory to get them to where a warp writes side by side."""
+    here = tl.max_contiguous(tl.arange(0, rows * columns // 8), 1)
+    return here // (columns // 8), here % (columns // 8)
+
+
+@triton.jit
 def joined(w0, w1, w2, w3, w4, w5, w6, w7, rows: tl.constexpr, columns: tl.constexpr):
-    """Eight tensors [rows, columns / 8] -> [rows, columns], in which they take turns: a thread's eight lie together."""
+    """Eight tensors [rows * columns / 8], of a tile's eights -> [rows, columns], in which they take turns: a thread's
+    eight lie together."""
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.reshape(tl.join(even, odd), (rows, columns))

@@ -2,8 +2,8 @@
 
 bitsandbytes takes three kernels (scales of the scales, their mean, the weight). This one can besides add LoRA's product
 on the way: the weight that it writes is W + B A, summed in fp32 and rounded once, so that one matmul computes the
-linear and its adapter. On an H200 (Triton 3.6) that took 1.6 times as long as the weight alone (1.9 and 3.1 TB/s), less
-than LoRA's own passes over x and y from some thousand tokens on.
+linear and its adapter. That takes longer than the weight alone, as the sum passes through shared memory, but from some
+thousand tokens on less than LoRA's own passes over x and y.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.quantization.eights_cuda import eight_values, joined, shuffles, values_of_codes
+from accessory.quantization.eights_cuda import eight_values, eights_of_tile, joined, shuffles, values_of_codes
 
-TILE, TILE_WITH_LORA = (32, 256), (64, 64)  # rows and columns that a program writes
-WARPS, WARPS_WITH_LORA = 8, 4
+TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
+WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 HALF = torch.float16  # known to every GPU
 
@@ -32,14 +32,10 @@ def _nf4_weight(
 ):  # fmt: skip
     # 64 bits for where the tile begins, 32 within it: an address is most of what a weight costs.
     first_row, first = tl.program_id(0) * tile_rows, tl.program_id(1) * tile_columns
-    row = tl.arange(0, tile_rows)[:, None]
-    exists = first_row + row < rows
+    row, word = eights_of_tile(tile_rows, tile_columns)
+    inside = (first_row + row < rows) & (first + 8 * word < in_features)
     row_words = in_features // 8
-    word = tl.arange(0, tile_columns // 8)[None, :]
-    inside = exists & (first // 8 + word < row_words)
-    # A scale for each word of eight codes, though a block has one: of fewer than one load a thread, Triton 3.7 makes
-    # one for every element.
-    block = (first_row + row) * (in_features // blocksize) + (first + word * 8) // blocksize
+    block = (first_row + row) * (in_features // blocksize) + (first + 8 * word) // blocksize
     if double_quant:
         code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         scale = tl.load(codebook + code) * tl.load(scales + block // 256, mask=inside, other=0.0) + tl.load(mean)
@@ -53,6 +49,8 @@ def _nf4_weight(
         tile_rows, tile_columns,
     )  # fmt: skip
 
+    row = tl.arange(0, tile_rows)[:, None]
+    exists = first_row + row < rows
     column = tl.arange(0, tile_columns)[None, :]
     whole = exists & (first + column < in_features)
     if rank > 0:

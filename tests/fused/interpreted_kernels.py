@@ -27,6 +27,8 @@ BACKENDS = {
     "int8-per_channel": Int4(8, -1, sym=True),
     "int3": Int4(3, 32),
     "int2": Int4(2, 64),
+    "int4-reordered": Int4(4, 64, reordered=True),
+    "int3-reordered": Int4(3, 32, reordered=True),
 }
 
 
