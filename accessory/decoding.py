@@ -1,4 +1,5 @@
-"""Decoding on a GPU: the step from a token to the next one's logits, captured once as a CUDA graph and replayed.
+"""Answers on a GPU: prompts are read with few launches, and the step from a token to the next one's logits is captured
+once as a CUDA graph, and replayed.
 
 Launched one by one, the kernels of a token wait for Python: some 1,400 launches of about 10 us in a 7B model, where its
 weights are read in 1 ms. A graph launches them all at once, but always the same ones at the same addresses. So all that
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from threading import Lock
 from typing import Any, Optional
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from accessory.capture import capturing
 from accessory.errors import first_line
 from accessory.kernels import working
-from accessory.models.llama import Llama
+from accessory.models.llama import Llama, Mask, attend
 from accessory.tuning.lora import LoraQuantLinear
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class KVCache:
 
 
 class Decoder:
-    """Steps of one batch size: `start` after the prompts have filled `cache`, then `step` for each token."""
+    """Answers to one number of prompts: `read` puts them into `cache`, then `step` goes from token to token."""
 
     def __init__(self, model: Llama, batch: int, capacity: int, kernels: Any):
         self.batch, self.capacity, self.kernels = batch, capacity, kernels
@@ -76,14 +77,28 @@ class Decoder:
     def suits(self, model: Llama, batch: int, capacity: int) -> bool:
         return self.batch == batch and self.capacity >= capacity and self.weights == _identity(model)
 
-    def start(self, model: Llama, pad: Tensor) -> None:
-        """After `cache.length` positions of prompts, of which each row begins with pad, int64 [b], empty ones."""
-        self.position.fill_(self.cache.length)
-        self.pad.copy_(pad)
+    def read(self, model: Llama, x: Tensor, position_ids: Tensor, mask: Mask, pad: Optional[Tensor]) -> Tensor:
+        """Prompts through the blocks and into the cache, in a third of the launches of the model's own forward pass:
+        for those, a short prompt would wait. x: embedded, [b, s, d]; position_ids: int64 [b, s]; pad: int64 [b], empty
+        positions before each prompt -> normed hidden states of the last position, [b, d]."""
         for layer in _lora_layers(model):  # may have trained since
             for copies, masters in zip(self.adapters[id(layer)], _masters(layer), strict=True):
                 for copy, master in zip(copies[:2], masters[:2], strict=True):
                     copy.copy_(master)
+        decoder, (b, s, _) = model.model, x.shape
+        self.position.zero_()
+        rope = [t.flatten(0, 1) for t in decoder.rotary_emb(x, position_ids)]
+
+        def heard(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            q = q.unflatten(0, (b, s)).transpose(1, 2)
+            return attend(q, keys[:, :, :s], values[:, :, :s], mask).flatten(0, 1).flatten(1)
+
+        x, added = self._blocks(decoder, x.flatten(0, 1), rope, heard)
+        x, added = (t.unflatten(0, (b, s))[:, -1].contiguous() for t in (x, added))
+        self.cache.length = s
+        self.position.fill_(s)
+        self.pad.zero_() if pad is None else self.pad.copy_(pad)
+        return self.kernels.add_norm(x, added, decoder.norm.weight, decoder.norm.eps)[1]
 
     def step(self, token: Tensor) -> Tensor:
         """token: int64 [b] -> logits of the next one, float32 [b, v], valid until the next step."""
@@ -106,25 +121,44 @@ class Decoder:
         self._graph = graph
 
     def forward(self, model: Llama) -> Tensor:
-        """What the graph holds: `models/llama.py`'s forward pass for one token of each row, then one position on."""
+        """What the graph holds: the forward pass for one token of each row, then one position on."""
         decoder, kernels = model.model, self.kernels
         x = decoder.embed_tokens(self.token)
-        cos, sin = (t.squeeze(1) for t in decoder.rotary_emb(x, (self.position - self.pad).unsqueeze(1)))
-        added: Optional[Tensor] = None
-        for layer, block in enumerate(decoder.layers):
-            attention, mlp = block.self_attn, block.mlp
-            keys, values = self.cache.keys[layer], self.cache.values[layer]
-            x, h = kernels.add_norm(x, added, block.input_layernorm.weight, block.input_layernorm.eps)
-            q, k, v = (self._linear(proj, h) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-            q = kernels.rotate_into_cache(q, k, v, cos, sin, keys, values, self.position)
-            heads = self._linear(attention.o_proj, kernels.attend(q, keys, values, self.position, self.pad))
-            norm = block.post_attention_layernorm
-            x, h = kernels.add_norm(x, heads, norm.weight, norm.eps)
-            gated = kernels.swiglu(self._linear(mlp.gate_proj, h), self._linear(mlp.up_proj, h))
-            added = self._linear(mlp.down_proj, gated)
-        _, h = kernels.add_norm(x, added, decoder.norm.weight, decoder.norm.eps)
+        rope = [t.squeeze(1) for t in decoder.rotary_emb(x, (self.position - self.pad).unsqueeze(1))]
+
+        def heard(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return kernels.attend(q, keys, values, self.position, self.pad)
+
+        _, h = kernels.add_norm(*self._blocks(decoder, x, rope, heard), decoder.norm.weight, decoder.norm.eps)
         self.position += 1
         return model.lm_head(h).float()
+
+    def _blocks(
+        self, decoder: nn.Module, x: Tensor, rope: list[Tensor], heard: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`models/llama.py`'s blocks with a few launches each. x: [m, d], the same number of tokens of each row; rope:
+        [m, e] each; heard: attention, of queries [m, h, e] and a layer's cache, to [m, h * e] -> the last block's
+        residual and what is to be added to it, [m, d]."""
+        kernels, added = self.kernels, None
+        for layer, block in enumerate(decoder.layers):
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            x, h = kernels.add_norm(x, added, block.input_layernorm.weight, block.input_layernorm.eps)
+            added = self._linear(
+                block.self_attn.o_proj, heard(self._queries(block.self_attn, h, rope, keys, values), keys, values)
+            )
+            norm = block.post_attention_layernorm
+            x, h = kernels.add_norm(x, added, norm.weight, norm.eps)
+            added = self._mlp(block.mlp, h)
+        return x, added
+
+    def _queries(self, attention: nn.Module, h: Tensor, rope: list[Tensor], keys: Tensor, values: Tensor) -> Tensor:
+        """Rotated, [m, h, e]; the tokens' keys and values go into the cache."""
+        q, k, v = (self._linear(proj, h) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+        return self.kernels.rotate_into_cache(q, k, v, *rope, keys, values, self.position)
+
+    def _mlp(self, mlp: nn.Module, h: Tensor) -> Tensor:
+        gated = self.kernels.swiglu(self._linear(mlp.gate_proj, h), self._linear(mlp.up_proj, h))
+        return self._linear(mlp.down_proj, gated)
 
     def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """LoRA in three launches rather than six: its matrices are in x's dtype already."""

@@ -1,9 +1,11 @@
-"""What stands between the linears when one token a prompt is decoded on a GPU: five small Triton kernels.
+"""What stands between the linears when prompts are read, and then decoded token by token, on a GPU: five small Triton
+kernels.
 
 In plain PyTorch a block's norms, rotary embedding, cache and activation take about 40 kernels of a microsecond or two,
-as long as reading its weights. Shapes: b batch, h heads, k key/value heads, e head dimension, d hidden size, c the
-cache's capacity. Roundings are in the places of `models/llama.py`'s. Where a token stands is read from the device, so
-that a captured graph can be replayed for the next one, and attention reads what is filled, not the capacity.
+as long as reading its weights. Shapes: b batch, s tokens of each row, m = b * s, h heads, k key/value heads, e head
+dimension, d hidden size, c the cache's capacity. Roundings are in the places of `models/llama.py`'s. Where a token
+stands is read from the device, so that a captured graph can be replayed for the next one, and attention reads what is
+filled, not the capacity.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def _add_norm_kernel(x, added, weight, total, normed, size, eps, adds: tl.conste
 
 
 def add_norm(x: Tensor, added: Optional[Tensor], weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, added: [b, d] -> x + added (x itself without), and its RMS norm."""
+    """x, added: [m, d] -> x + added (x itself without), and its RMS norm."""
     total = x if added is None else torch.empty_like(x)
     normed = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -49,18 +51,19 @@ def add_norm(x: Tensor, added: Optional[Tensor], weight: Tensor, eps: float) -> 
 
 @triton.jit
 def _rotate_kernel(
-    q, k, v, cos, sin, position, rotated, keys, values, heads, kv_heads, capacity, size: tl.constexpr,
+    q, k, v, cos, sin, position, rotated, keys, values, tokens, heads, kv_heads, capacity, size: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
-    """A program for each head of q, then of k, then of v."""
+    """A program for each head of q, then of k, then of v, of each token."""
     dtype = q.dtype.element_ty
     row, head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, block)
     inside = place < size
+    prompt, slot = row // tokens, tl.load(position) + row % tokens
     if head >= heads + kv_heads:
         head -= heads + kv_heads
         value = tl.load(v + (row * kv_heads + head) * size + place, mask=inside)
-        slot = (row * kv_heads + head).to(tl.int64) * capacity + tl.load(position)
+        slot += (prompt * kv_heads + head).to(tl.int64) * capacity
         tl.store(values + slot * size + place, value, mask=inside)
     else:
         if head < heads:
@@ -68,7 +71,7 @@ def _rotate_kernel(
         else:
             head -= heads
             source = k + (row * kv_heads + head) * size
-            slot = (row * kv_heads + head).to(tl.int64) * capacity + tl.load(position)
+            slot += (prompt * kv_heads + head).to(tl.int64) * capacity
             target = keys + slot * size
         first = place < size // 2
         other = tl.load(source + tl.where(first, place + size // 2, place - size // 2), mask=inside, other=0.0)
@@ -83,14 +86,14 @@ def _rotate_kernel(
 def rotate_into_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
 ) -> Tensor:
-    """q: [b, h * e], k and v: [b, k * e], cos and sin: [b, e] -> q rotated, [b, h, e]; k, rotated, and v are written to
-    keys and values, [b, k, c, e], at position, int64 []."""
+    """q: [m, h * e], k and v: [m, k * e], cos and sin: [m, e] -> q rotated, [m, h, e]; k, rotated, and v are written to
+    keys and values, [b, k, c, e], at position, int64 [1], and the s - 1 behind it."""
     b, kv_heads, capacity, size = keys.shape
-    rotated = q.new_empty(b, q.shape[1] // size, size)
+    rotated = q.new_empty(len(q), q.shape[1] // size, size)
     with torch.cuda.device_of(q):
-        _rotate_kernel[(b, rotated.shape[1] + 2 * kv_heads)](
-            q, k, v, cos, sin, position, rotated, keys, values, rotated.shape[1], kv_heads, capacity, size,
-            triton.next_power_of_2(size), num_warps=1,
+        _rotate_kernel[(len(q), rotated.shape[1] + 2 * kv_heads)](
+            q, k, v, cos, sin, position, rotated, keys, values, len(q) // b, rotated.shape[1], kv_heads, capacity,
+            size, triton.next_power_of_2(size), num_warps=1,
         )  # fmt: skip
     return rotated
 

@@ -1,6 +1,6 @@
 """Answers: greedy or nucleus sampling with a KV cache, batched prompts padded on the left, streaming.
 
-Prompts run through the model's own forward pass, and so do the tokens of an answer, one by one; on a GPU those are
+Prompts run through the model's own forward pass, and so do the tokens of an answer, one by one; on a GPU both are
 `accessory.decoding`'s.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from accessory.data.images import ImageProblem, load_pixels
 from accessory.data.packing import IMAGE_SLOT, insert_image
-from accessory.decoding import KVCache, borrowed
+from accessory.decoding import Decoder, KVCache, borrowed
 from accessory.errors import UserError
 from accessory.models.llama import NO_IMAGES, Llama
 
@@ -65,11 +65,8 @@ def generate_ids(
     stops = torch.tensor(sorted(stop), device=model.device)
     capacity = longest + max_new_tokens
     with borrowed(model, batch, capacity) if graphs else contextlib.nullcontext() as decoder:
-        cache = KVCache(model, batch, capacity) if decoder is None else decoder.cache
-        cache.length = 0
-        logits = _logits(model, cache, ids, pad, pixels)
-        if decoder is not None:
-            decoder.start(model, done.long() if pad is None else pad)
+        cache = KVCache(model, batch, capacity) if decoder is None else None
+        logits = _logits(model, decoder or cache, ids, pad, pixels)
         for left in range(max_new_tokens - 1, -1, -1):
             token = torch.where(done, stops[0], sample(logits, temperature, top_p))
             done = done | torch.isin(token, stops)
@@ -85,20 +82,25 @@ def generate_ids(
 
 
 def _logits(
-    model: Llama, cache: KVCache, ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor] = None
+    model: Llama, cache: Union[KVCache, Decoder], ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor] = None
 ) -> Tensor:
-    """The model's own forward pass of ids, int64 [b, s], behind what the cache holds -> logits of the next token,
-    float32 [b, v]. pad: int64 [b], empty positions before each prompt."""
-    start, end = cache.length, cache.length + ids.shape[1]
+    """The forward pass of ids, int64 [b, s], behind what the cache holds, or into a decoder's empty one -> logits of
+    the next token, float32 [b, v]. pad: int64 [b], empty positions before each prompt."""
+    start = cache.length if isinstance(cache, KVCache) else 0
+    end = start + ids.shape[1]
     places = torch.arange(end, device=ids.device)
     if pad is None:  # causal attention then needs no mask, and the fast kernels take none
         position_ids, mask = places[start:].expand_as(ids), None
     else:
         position_ids = (places[start:] - pad[:, None]).clamp(min=0)
         mask = _mask(places[start:], places, pad)
-    hidden = model.model(model.embed(ids, pixels), position_ids, mask, cache)
-    cache.length = end
-    return model.lm_head(hidden[:, -1]).float()
+    embeds = model.embed(ids, pixels)
+    if isinstance(cache, KVCache):
+        hidden = model.model(embeds, position_ids, mask, cache)[:, -1]
+        cache.length = end
+    else:
+        hidden = cache.read(model, embeds, position_ids, mask, pad)
+    return model.lm_head(hidden).float()
 
 
 class _Seen:

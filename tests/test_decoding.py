@@ -208,7 +208,7 @@ def test_nothing_stays_in_memory_when_the_model_goes():
 
 
 @gpu_test
-def test_captured_logits_in_bf16_are_as_near_to_fp32_as_the_plain_steps():
+def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_the_plain_forward_pass():
     from accessory import decoding_cuda
     from accessory.generation import _logits
 
@@ -217,13 +217,14 @@ def test_captured_logits_in_bf16_are_as_near_to_fp32_as_the_plain_steps():
     for dtype in (torch.float32, torch.bfloat16):
         model = gpu_model(dtype=dtype)
         with torch.inference_mode():
-            decoder = decoding.Decoder(model, 1, 256, decoding_cuda)
+            decoder, cache = decoding.Decoder(model, 1, 256, decoding_cuda), decoding.KVCache(model, 1, 256)
             decoder.capture(model)
-            decoder.cache.length = 0
-            _logits(model, decoder.cache, ids, None)
-            decoder.start(model, torch.zeros(1, dtype=torch.int64, device="cuda"))
-            found["captured", dtype] = decoder.step(token)
-            found["plain", dtype] = _logits(model, decoder.cache, token[:, None], None)
-    exact = found["plain", torch.float32]
-    captured, plain = ((found[way, torch.bfloat16] - exact).norm() for way in ("captured", "plain"))
-    assert captured < 1.25 * plain and plain < 0.05 * exact.norm()
+            ways = {"captured": (decoder, lambda: decoder.step(token).clone())}
+            ways["plain"] = (cache, lambda: _logits(model, cache, token[:, None], None))
+            for way, (place, step) in ways.items():
+                found["prompt", way, dtype] = _logits(model, place, ids, None)
+                found["token", way, dtype] = step()
+    for what in ("prompt", "token"):
+        exact = found[what, "plain", torch.float32]
+        captured, plain = ((found[what, way, torch.bfloat16] - exact).norm() for way in ("captured", "plain"))
+        assert captured < 1.25 * plain and plain < 0.05 * exact.norm()

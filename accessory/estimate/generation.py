@@ -1,8 +1,8 @@
 """Answers on a GPU: a prompt's way through the blocks, and what `accessory.decoding` holds for the tokens behind it.
 
 Without autograd a block keeps nothing, so the most that is there at once is a matter of one block: the hidden states at
-three places (its input, what came in before the first block, the residual after attention), and what `_within_block`
-says. Of weights, one is dequantized at a time. A token's step takes less than a prompt in every respect.
+three places (what came in before the first block, the residual, and what is to be added to it), and what
+`_within_block` says. Of weights, one is dequantized at a time. A token's step takes less than a prompt in every respect.
 """
 
 from __future__ import annotations
@@ -42,25 +42,20 @@ def estimate_generation(
 
 
 def _within_block(s: Shape, m: int) -> int:
-    """The most that models/llama.py's block makes besides, over its steps, in numbers of the compute type a token."""
-    in_fp32 = 2 * 4 / s.itemsize if s.itemsize < 4 else 0  # a norm's x and its quotient
+    """The most that is there besides in `Decoder.read`, over a block's steps, in numbers of the compute type a token."""
+    normed = s.d
     steps = [
-        (in_fp32 * s.d + 2 * s.d, 0),
-        *_linear(s, 0, "q_proj", s.q),  # normed is where the residual will be
-        *_linear(s, s.q, "k_proj", s.kv),
-        *_linear(s, s.q + s.kv, "v_proj", s.kv),
-        (4 * s.q + 2 * s.kv, 0),  # the rotary embedding of q, then of k
-        (2 * s.q + 5 * s.kv, 0),
-        *_linear(s, 2 * s.q, "o_proj", s.d),
-        *_linear(s, s.d, "gate_proj", s.f),
-        *_linear(s, s.d + s.f, "up_proj", s.f),
-        (s.d + 3 * s.f, 0),  # silu(gate), up and their product
-        *_linear(s, s.d + s.f, "down_proj", s.d),
+        (s.d + normed, ()),
+        (normed + s.q, ("q_proj",)),
+        (normed + s.q + s.kv, ("k_proj",)),
+        (normed + s.q + 2 * s.kv, ("v_proj",)),
+        (normed + 2 * s.q + 2 * s.kv, ()),  # q, and q rotated
+        (normed + 3 * s.q, ()),  # attention's output, and in the linears' order
+        (normed + s.q + s.d, ("o_proj",)),
+        (normed + s.d + normed, ()),
+        (normed + s.f, ("gate_proj",)),
+        (normed + 2 * s.f, ("up_proj",)),
+        (normed + 3 * s.f, ()),
+        (normed + s.f + s.d, ("down_proj",)),
     ]
-    return max(int(numbers * m * s.itemsize) + scratch for numbers, scratch in steps)
-
-
-def _linear(s: Shape, there: int, name: str, out: int) -> list[tuple[int, int]]:
-    """Its output beside the dequantized weight; then, with LoRA, beside LoRA's share and their sum, and A and B."""
-    matrices = s.itemsize * s.lora.get(name, 0) * sum(s.linears[name][:2])
-    return [(there + out, s.scratch(name)), *([(there + 3 * out, matrices)] if name in s.lora else [])]
+    return max(int(numbers * m * s.itemsize) + sum(map(s.scratch, names)) for numbers, names in steps)
