@@ -219,11 +219,10 @@ def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_the_plain_forward_pass()
         with torch.inference_mode():
             decoder, cache = decoding.Decoder(model, 1, 256, decoding_cuda), decoding.KVCache(model, 1, 256)
             decoder.capture(model)
-            ways = {"captured": (decoder, lambda: decoder.step(token).clone())}
-            ways["plain"] = (cache, lambda: _logits(model, cache, token[:, None], None))
-            for way, (place, step) in ways.items():
+            for way, place in (("captured", decoder), ("plain", cache)):
                 found["prompt", way, dtype] = _logits(model, place, ids, None)
-                found["token", way, dtype] = step()
+            found["token", "captured", dtype] = decoder.step(token).clone()
+            found["token", "plain", dtype] = _logits(model, cache, token[:, None], None)
     for what in ("prompt", "token"):
         exact = found[what, "plain", torch.float32]
         captured, plain = ((found[what, way, torch.bfloat16] - exact).norm() for way in ("captured", "plain"))

@@ -2,7 +2,7 @@
 
 Without autograd a block keeps nothing, so the most that is there at once is a matter of one block: the hidden states at
 three places (what came in before the first block, the residual, and what is to be added to it), and what
-`_within_block` says. Of weights, one is dequantized at a time. A token's step takes less than a prompt in every respect.
+`_within_block` says. Of weights, one is dequantized at a time. A token's step takes less than a prompt in every way.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def estimate_generation(
 
 
 def _within_block(s: Shape, m: int) -> int:
-    """The most that is there besides in `Decoder.read`, over a block's steps, in numbers of the compute type a token."""
+    """The most that is there besides in `Decoder.read`, over a block's steps: numbers of the compute type a token."""
     normed = s.d
     steps = [
         (s.d + normed, ()),
