@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Optional
 
 import torch
@@ -94,6 +95,21 @@ def timed(step: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def timed_in_a_row(steps: list[Callable[[], Any]]) -> list[float]:
+    """Seconds of each of some steps that follow one another as in training: the host may be ahead of a GPU, and a
+    step's time is that from the end of the one before to its own."""
+    if DEVICE.type != "cuda":
+        return [timed(step) for step in steps]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    synchronize()
+    marks[0].record()
+    for step, mark in zip(steps, marks[1:], strict=True):
+        step()
+        mark.record()
+    synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
+
+
 def reset_peak() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -106,4 +122,4 @@ def time_steps(step: Callable[[], Any], warmup: int, steps: int) -> tuple[float,
     for _ in range(warmup):
         step()
     reset_peak()
-    return statistics.median(timed(step) for _ in range(steps)), peak_memory_gib()
+    return statistics.median(timed_in_a_row([step] * steps)), peak_memory_gib()

@@ -77,7 +77,7 @@ class Worker:
 
     def turn(self, request: dict[str, Any]) -> Reply:
         import torch
-        from benchmark_steps import timed
+        from benchmark_steps import timed_in_a_row
 
         from accessory.callbacks import peak_memory_gib
 
@@ -85,7 +85,7 @@ class Worker:
         self._warm_up(case, first, request["settle"])
         batches = [self._batch(case, number) for number in range(first, first + request["count"])]
         values: list[Any] = []
-        seconds = [timed(lambda batch=batch: values.append(self.step(batch))) for batch, _ in batches]
+        seconds = timed_in_a_row([lambda batch=batch: values.append(self.step(batch)) for batch, _ in batches])
         losses = [float(value) for value in values if value is not None]
         if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
             raise ValueError(f"the loss is not finite: {losses}")
