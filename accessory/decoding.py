@@ -78,13 +78,10 @@ class Decoder:
         return self.batch == batch and self.capacity >= capacity and self.weights == _identity(model)
 
     def read(self, model: Llama, x: Tensor, position_ids: Tensor, mask: Mask, pad: Optional[Tensor]) -> Tensor:
-        """Prompts through the blocks and into the cache, in a third of the launches of the model's own forward pass:
-        for those, a short prompt would wait. x: embedded, [b, s, d]; position_ids: int64 [b, s]; pad: int64 [b], empty
-        positions before each prompt -> normed hidden states of the last position, [b, d]."""
-        for layer in _lora_layers(model):  # may have trained since
-            for copies, masters in zip(self.adapters[id(layer)], _masters(layer), strict=True):
-                for copy, master in zip(copies[:2], masters[:2], strict=True):
-                    copy.copy_(master)
+        """Prompts through the blocks and into the cache, from its start, in a third of the launches of the model's own
+        forward pass, for which a short prompt would wait. x: embedded, [b, s, d]; position_ids: int64 [b, s]; pad:
+        int64 [b], empty positions before each prompt -> normed hidden states of the last position, [b, d]."""
+        self._refresh(model)
         decoder, (b, s, _) = model.model, x.shape
         self.position.zero_()
         rope = [t.flatten(0, 1) for t in decoder.rotary_emb(x, position_ids)]
@@ -95,10 +92,19 @@ class Decoder:
 
         x, added = self._blocks(decoder, x.flatten(0, 1), rope, heard)
         x, added = (t.unflatten(0, (b, s))[:, -1].contiguous() for t in (x, added))
-        self.cache.length = s
         self.position.fill_(s)
         self.pad.zero_() if pad is None else self.pad.copy_(pad)
         return self.kernels.add_norm(x, added, decoder.norm.weight, decoder.norm.eps)[1]
+
+    def _refresh(self, model: Llama) -> None:
+        """The copies of LoRA's matrices, which may have trained since."""
+        copies, masters = [], []
+        for layer in _lora_layers(model):
+            for copied, own in zip(self.adapters[id(layer)], _masters(layer), strict=True):
+                copies += copied[:2]
+                masters += own[:2]
+        if copies:
+            torch._foreach_copy_(copies, masters)
 
     def step(self, token: Tensor) -> Tensor:
         """token: int64 [b] -> logits of the next one, float32 [b, v], valid until the next step."""

@@ -26,7 +26,7 @@ def _add_norm_kernel(x, added, weight, total, normed, size, eps, adds: tl.conste
     dtype = x.dtype.element_ty
     place = tl.arange(0, block)
     inside = place < size
-    here = tl.program_id(0) * size + place
+    here = tl.program_id(0).to(tl.int64) * size + place  # long prompts have more than 2^31 numbers
     wide = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
     if adds:
         wide += tl.load(added + here, mask=inside, other=0.0).to(tl.float32)
@@ -49,21 +49,21 @@ def add_norm(x: Tensor, added: Optional[Tensor], weight: Tensor, eps: float) -> 
     return total, normed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
     q, k, v, cos, sin, position, rotated, keys, values, tokens, heads, kv_heads, capacity, size: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
     """A program for each head of q, then of k, then of v, of each token."""
     dtype = q.dtype.element_ty
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = tl.arange(0, block)
     inside = place < size
     prompt, slot = row // tokens, tl.load(position) + row % tokens
     if head >= heads + kv_heads:
         head -= heads + kv_heads
         value = tl.load(v + (row * kv_heads + head) * size + place, mask=inside)
-        slot += (prompt * kv_heads + head).to(tl.int64) * capacity
+        slot += (prompt * kv_heads + head) * capacity
         tl.store(values + slot * size + place, value, mask=inside)
     else:
         if head < heads:
@@ -71,7 +71,7 @@ def _rotate_kernel(
         else:
             head -= heads
             source = k + (row * kv_heads + head) * size
-            slot += (prompt * kv_heads + head).to(tl.int64) * capacity
+            slot += (prompt * kv_heads + head) * capacity
             target = keys + slot * size
         first = place < size // 2
         other = tl.load(source + tl.where(first, place + size // 2, place - size // 2), mask=inside, other=0.0)
@@ -174,7 +174,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, pad: Tenso
 @triton.jit
 def _swiglu_kernel(gate, up, out, count, block: tl.constexpr):
     dtype = gate.dtype.element_ty
-    place = tl.program_id(0) * block + tl.arange(0, block)
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < count
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     activated = (x / (1 + tl.exp(-x))).to(dtype).to(tl.float32)
@@ -193,6 +193,7 @@ def try_out() -> None:
     """Run the kernels once, on the smallest input."""
     x = torch.zeros(1, 16, device="cuda", dtype=torch.bfloat16)
     cache, start = torch.zeros(1, 1, 64, 16, device="cuda", dtype=x.dtype), torch.zeros(1, device="cuda").long()
-    add_norm(x, x, x[0].float(), 1e-5)
+    for added in (None, x):
+        add_norm(x, added, x[0].float(), 1e-5)
     attend(rotate_into_cache(x, x, x, x, x, cache, cache, start), cache, cache, start, start)
     swiglu(x, x)

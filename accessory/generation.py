@@ -54,8 +54,8 @@ def generate_ids(
     """Yields the next token of every prompt, int64 [b] on the CPU, until each has met a token of `stop` (yielded too)
     or max_new_tokens are out; after its stop token a prompt yields stop tokens.
 
-    pixels: float [n, 3, p, p], the images for which the prompts hold slots, in order. graphs: on a GPU, decode with a
-    captured graph (`accessory.decoding`) rather than with the model's own forward pass.
+    pixels: float [n, 3, p, p], the images for which the prompts hold slots, in order. graphs: on a GPU, answer with
+    `accessory.decoding`'s kernels and captured graph rather than with the model's own forward pass.
     """
     batch, longest = len(prompts), max(map(len, prompts))
     pads = [longest - len(ids) for ids in prompts]
@@ -65,8 +65,11 @@ def generate_ids(
     stops = torch.tensor(sorted(stop), device=model.device)
     capacity = longest + max_new_tokens
     with borrowed(model, batch, capacity) if graphs else contextlib.nullcontext() as decoder:
-        cache = KVCache(model, batch, capacity) if decoder is None else None
-        logits = _logits(model, decoder or cache, ids, pad, pixels)
+        if decoder is None:
+            cache = KVCache(model, batch, capacity)
+            logits = _logits(model, cache, ids, pad, pixels)
+        else:
+            logits = _read(model, decoder, ids, pad, pixels)
         for left in range(max_new_tokens - 1, -1, -1):
             token = torch.where(done, stops[0], sample(logits, temperature, top_p))
             done = done | torch.isin(token, stops)
@@ -81,26 +84,28 @@ def generate_ids(
                 logits = _logits(model, cache, token[:, None], pad)
 
 
-def _logits(
-    model: Llama, cache: Union[KVCache, Decoder], ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor] = None
-) -> Tensor:
-    """The forward pass of ids, int64 [b, s], behind what the cache holds, or into a decoder's empty one -> logits of
-    the next token, float32 [b, v]. pad: int64 [b], empty positions before each prompt."""
-    start = cache.length if isinstance(cache, KVCache) else 0
-    end = start + ids.shape[1]
-    places = torch.arange(end, device=ids.device)
-    if pad is None:  # causal attention then needs no mask, and the fast kernels take none
-        position_ids, mask = places[start:].expand_as(ids), None
-    else:
-        position_ids = (places[start:] - pad[:, None]).clamp(min=0)
-        mask = _mask(places[start:], places, pad)
-    embeds = model.embed(ids, pixels)
-    if isinstance(cache, KVCache):
-        hidden = model.model(embeds, position_ids, mask, cache)[:, -1]
-        cache.length = end
-    else:
-        hidden = cache.read(model, embeds, position_ids, mask, pad)
+def _read(model: Llama, decoder: Decoder, ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor]) -> Tensor:
+    """`_logits` of prompts by a decoder, whose `step` then goes on behind them."""
+    hidden = decoder.read(model, model.embed(ids, pixels), *_places(ids, 0, pad), pad)
     return model.lm_head(hidden).float()
+
+
+def _logits(
+    model: Llama, cache: KVCache, ids: Tensor, pad: Optional[Tensor], pixels: Optional[Tensor] = None
+) -> Tensor:
+    """The model's own forward pass of ids, int64 [b, s], behind what the cache holds -> logits of the next token,
+    float32 [b, v]. pad: int64 [b], empty positions before each prompt."""
+    hidden = model.model(model.embed(ids, pixels), *_places(ids, cache.length, pad), cache)
+    cache.length += ids.shape[1]
+    return model.lm_head(hidden[:, -1]).float()
+
+
+def _places(ids: Tensor, start: int, pad: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    """Where ids, int64 [b, s], stand behind `start` others: position_ids, int64 [b, s], and the mask."""
+    places = torch.arange(start + ids.shape[1], device=ids.device)
+    if pad is None:  # causal attention then needs no mask, and the fast kernels take none
+        return places[start:].expand_as(ids), None
+    return (places[start:] - pad[:, None]).clamp(min=0), _mask(places[start:], places, pad)
 
 
 class _Seen:

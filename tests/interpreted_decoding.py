@@ -54,10 +54,13 @@ def tokens(model: Llama, monkeypatch, decoded: bool, prompts=PROMPTS, temperatur
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_prompts_of_different_lengths_get_the_tokens_of_the_plain_path(lora, monkeypatch):
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, [PROMPTS[1], PROMPTS[1][::-1]], [[1]]], ids=["different_lengths", "equal_lengths", "one_token"]
+)
+def test_prompts_get_the_tokens_of_the_plain_path(prompts, lora, monkeypatch):
     model = tiny_model(lora)
-    plain = tokens(model, monkeypatch, decoded=False)
-    assert tokens(model, monkeypatch, decoded=True) == plain
+    plain = tokens(model, monkeypatch, decoded=False, prompts=prompts)
+    assert tokens(model, monkeypatch, decoded=True, prompts=prompts) == plain
 
 
 def test_a_seed_draws_the_tokens_of_the_plain_path_also_after_a_stop_token(monkeypatch):

@@ -6,6 +6,8 @@ A driver that knows nothing but a GPU's name takes the place of CUDA's, and a la
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -143,3 +145,12 @@ def test_a_tokens_kernels(compiled):
     q = decoding_cuda.rotate_into_cache(x, narrow, narrow, rope, rope, keys, keys.clone(), position)
     decoding_cuda.attend(q, keys, keys.clone(), position, torch.zeros(2, dtype=torch.int64))
     assert len(compiled) == 5
+
+
+def test_long_prompts_are_reached_with_64_bits(compiled):
+    x, weight = torch.zeros(2, 64, dtype=BF16), torch.zeros(64)
+    decoding_cuda.add_norm(x, None, weight, 1e-5)
+    decoding_cuda._swiglu_kernel[(1,)](x, x, x, 2**31 + 1024, 1024)
+    for name, narrow in (("_add_norm_kernel", ["i32"]), ("_swiglu_kernel", [])):  # the norm's weight is short
+        offsets = re.findall(r"tt\.addptr .*, (?:tensor<\d+x)?(i\d+)", compiled[name][0].asm["ttir"])
+        assert "i64" in offsets and [width for width in offsets if width != "i64"] == narrow

@@ -210,7 +210,7 @@ def test_nothing_stays_in_memory_when_the_model_goes():
 @gpu_test
 def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_the_plain_forward_pass():
     from accessory import decoding_cuda
-    from accessory.generation import _logits
+    from accessory.generation import _logits, _read
 
     ids, token = torch.tensor([PROMPTS[2]], device="cuda"), torch.tensor([17], device="cuda")
     found = {}
@@ -219,8 +219,8 @@ def test_logits_in_bf16_are_as_near_to_fp32_as_those_of_the_plain_forward_pass()
         with torch.inference_mode():
             decoder, cache = decoding.Decoder(model, 1, 256, decoding_cuda), decoding.KVCache(model, 1, 256)
             decoder.capture(model)
-            for way, place in (("captured", decoder), ("plain", cache)):
-                found["prompt", way, dtype] = _logits(model, place, ids, None)
+            found["prompt", "captured", dtype] = _read(model, decoder, ids, None, None)
+            found["prompt", "plain", dtype] = _logits(model, cache, ids, None)
             found["token", "captured", dtype] = decoder.step(token).clone()
             found["token", "plain", dtype] = _logits(model, cache, token[:, None], None)
     for what in ("prompt", "token"):

@@ -12,9 +12,11 @@ import torch
 from accessory.decoding import BUCKET
 from accessory.estimate.counting import copies_bytes, held_bytes
 from accessory.estimate.images import image_part
-from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, Estimate
+from accessory.estimate.parts import CUBLAS_WORKSPACE, Estimate
 from accessory.estimate.shapes import Shape, head_scratch
 from accessory.models.llama import Llama
+
+STREAMS = 3  # that multiply: the usual one, that of the decoder's capture, and that of its warm-up
 
 
 def estimate_generation(

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 CUBLAS_WORKSPACE = 32 * 2**20  # on Hopper, for each stream and thread that multiply
-THREADS = 2  # that do so on one stream: forward's, and autograd's for backward
-STREAMS = 3  # that do so where a CUDA graph is captured: the usual one, the capture's, its warm-up's
+THREADS = 2  # that do so in training: forward's, and autograd's for backward
 OVERHEAD = int(0.75 * GIB)  # CUDA context, kernels, fragmentation: held by the process, but not by tensors
 
 

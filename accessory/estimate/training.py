@@ -10,11 +10,12 @@ import torch
 
 from accessory.estimate.counting import copies_bytes, held_bytes
 from accessory.estimate.images import image_part
-from accessory.estimate.parts import CUBLAS_WORKSPACE, STREAMS, THREADS, Estimate
+from accessory.estimate.parts import CUBLAS_WORKSPACE, THREADS, Estimate
 from accessory.estimate.shapes import GROUPS, Shape, head_scratch
 from accessory.models.llama import Llama
 from accessory.models.loss import GPU_CHUNK
 
+STREAMS = {False: 1, True: 2}  # that multiply: the usual one; where a CUDA graph is captured, the capture's too
 ON_DEVICE = 3  # of the tensors that lie in host memory: the one in use, one that leaves, one that arrives
 
 
@@ -68,7 +69,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
         "trainables": trainables + (copies_bytes(model, shape.itemsize) if fused else 0),
         "gradients": trainables,
         "optimizer": 2 * trainables,
-        "workspace": CUBLAS_WORKSPACE * (STREAMS if step.captured else THREADS) if fused else 0,
+        "workspace": STREAMS[step.captured] * THREADS * CUBLAS_WORKSPACE if fused else 0,
         "images": image_passing,
         "activations": activations,
         "loss": _loss(model, shape, step.tokens, fused, fused and step.captured),
@@ -156,7 +157,6 @@ def _fused(s: Shape, m: int) -> Block:
         attended = s.q + (qkv if again else -gate_up)  # gate and up, if they were kept, are free by then
         flash = s.q * wide + (2 * s.q if s.kv < s.q else 0)  # dq in fp32; grouped heads' dk and dv before their sum
         passing = (
-            (again * (made + dy + 2 * s.d), "gate_up"),  # forward: normed, and attention's output behind o_proj
             (made + dy + s.f, "down"),  # h (LoRA's), then dh, in whose place the gradient of gate and up is written
             (made + dy + normed, "gate_up"),
             (attended + dy + d_middle + s.q, "out"),

@@ -81,12 +81,13 @@ class FusedBlock:
         y, t_out = self.out.forward(heard[0].detach())
         middle, normed, rstd_2 = pointwise.add_norm(x, y, second.weight, second.eps)
         residual = self.host.push(middle) if sends else middle
+        heard = heard if repeated else None
+        del y  # beside all that the blocks keep, the MLP is where a forward takes most
         gate_up, t_gate_up = self.gate_up.forward(normed)
-        del y, normed  # with all that the block keeps, the MLP's last step is where a forward takes most
+        del normed
         kept = [rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up]
         if repeated:
             return None, [*kept, None, heard]
-        del heard
         y, t_down = self.down.forward(pointwise.swiglu(gate_up))
         y += middle
         return y, [*kept, t_down]

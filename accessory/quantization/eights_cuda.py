@@ -16,6 +16,9 @@ import triton.language as tl
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
+# What holds eight codes of so many bits: one of these, of 3 bits three.
+UNITS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
+
 _LANES = "{ .reg .b32 lane, value, code; .reg .b64 place;"
 _HOLD = "mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 place, lane, 4, $9;"
 _READ = "ld.global.nc.b32 value, [place];"

@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.quantization.eights_cuda import eights_of_tile, joined
+from accessory.quantization.eights_cuda import UNITS, eights_of_tile, joined
 
 TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
-# What holds eight codes: one of these, of 3 bits three.
-UNITS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -29,7 +27,7 @@ def _int4_weight(
     group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, in_eights: tl.constexpr,
     rank: tl.constexpr, padded_rank: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
 ):  # fmt: skip
-    """codes: in_eights, in the units of UNITS; bytes otherwise. row_units: of them in a row."""
+    """codes: in_eights, in units that hold eight; bytes otherwise. row_units: of them in a row."""
     first_row, first = tl.program_id(0) * tile_rows, tl.program_id(1) * tile_columns
     row, column = tl.arange(0, tile_rows)[:, None], first + tl.arange(0, tile_columns)[None, :]
     inside = (first_row + row < rows) & (column < in_features)
@@ -83,7 +81,8 @@ def _eight_codes(codes, row, eight, row_units, exists, bits: tl.constexpr):
         word = tl.load(codes + (row * row_units + eight), mask=exists, other=0)
     found = ()
     for i in tl.static_range(8):
-        found = found + (((word >> bits * i) & ((1 << bits) - 1)).to(tl.int32),)  # noqa: RUF005
+        part = (word >> 32 * (bits * i // 32)).to(tl.int32) if bits == 8 else word.to(tl.int32)
+        found = found + ((part >> bits * i % 32) & ((1 << bits) - 1),)  # noqa: RUF005
     return found
 
 
@@ -132,3 +131,6 @@ def try_out() -> None:
         payload = (torch.zeros(1, 8 * bits, **byte), torch.zeros(1, 1, **half), torch.zeros(1, 1, **byte))
         for added in (None, lora):
             dequantize(payload, bits, (1, 64), torch.float16, lora=added)
+            dequantize(
+                (*payload, torch.zeros(64, dtype=torch.int32, device="cuda")), bits, (1, 64), torch.float16, lora=added
+            )

@@ -11,8 +11,8 @@ through shared memory before the last sum; some rows of W share x's loads, and a
 first is used. No row needs to be split among programs: even 1024 x 8192 fills the GPU, row by row.
 
 What bounds it is not memory but the instructions that unpack: with 10 a weight, the products of a 70B model's token in
-NF4 read 1.1 TB/s on an H200. Hence the shuffles of eights_cuda and the mantissas of `_coded`, which take 5 and 6 in all:
-NF4's read 1.9.
+NF4 read 1.1 TB/s on an H200. Hence the shuffles of eights_cuda and the mantissas of `_coded`: it takes 5 and 6 with
+them, and NF4's products read 1.9 TB/s.
 
 The order of additions depends on the shapes alone, so results do not change from run to run. Sums are fp32; NF4's
 values are fp32 too (the dequantized weight is rounded to x's dtype), int4's are not rounded to float16 before the
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accessory.quantization.eights_cuda import eight_values, shuffles, values_of_codes
+from accessory.quantization.eights_cuda import UNITS, eight_values, shuffles, values_of_codes
 from accessory.quantization.int4 import Int4
 from accessory.quantization.nf4 import NF4
 
@@ -41,8 +41,8 @@ WARPS = 4
 BLOCK = 32 * WARPS  # a load a thread
 PROGRAMS = 1024  # wanted at least, for 132 multiprocessors of 8 programs each
 TILES = {1: (4, 2), 2: (4, 1), 4: (4, 1), 8: (4, 1)}  # rows of x -> rows of W in a program, loads of each in flight
-LOADS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bits of a weight in 8, or in twice 8 with half the bits
-# bits, rows of x -> eights of weights in a load: two share the way to a scale, but their numbers of x take registers.
+# bits, rows of x -> eights of weights in a load (two are as long as one of twice the bits): two share the way to a
+# scale, but their numbers of x take registers.
 EIGHTS = {(bits, m): 2 if bits < 8 and m <= 4 else 1 for bits in (2, 4, 8) for m in TILES}
 
 
@@ -276,7 +276,7 @@ def _launch_words(x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor,
     else:
         doubly, zeros, codebook, mean, values = False, rest[0], packed, packed, packed
     _words_kernel[(triton.cdiv(out_features, block_out),)](
-        packed.view(-1).view(LOADS[bits * eights]), scales, zeros, codebook, mean, values, x,
+        packed.view(-1).view(UNITS[bits * eights]), scales, zeros, codebook, mean, values, x,
         packed if bias is None else bias, y, rows, out_features, row_loads, row_groups, group_size // (8 * eights), nf4,
         doubly, bits, bias is not None, block_m, block_out, (block_out * block_m).bit_length() - 1, steps, BLOCK,
         eights, nf4 and shuffles(), num_warps=WARPS,

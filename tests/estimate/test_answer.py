@@ -9,7 +9,7 @@ from estimates import BOTH, NORM_BIAS, Live, tiny
 from accessory.config import RecipeConfig
 from accessory.decoding import Decoder, KVCache
 from accessory.estimate import estimate_generation
-from accessory.generation import _logits
+from accessory.generation import _logits, _read
 from accessory.quantization.nf4 import NF4
 
 
@@ -58,11 +58,10 @@ def test_prompts_are_read_as_by_the_models_own_forward_pass():
     model, ids = prompt_model(BOTH, 64, torch.float32), torch.arange(2 * 30).view(2, 30)
     decoder, cache = Decoder(model, 2, 256, PlainKernels), KVCache(model, 2, 30)
     pad = torch.tensor([0, 4])
-    found, expected = (_logits(model, place, ids, pad) for place in (decoder, cache))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(_read(model, decoder, ids, pad, None), _logits(model, cache, ids, pad))
     for filled, plain in ((decoder.cache.keys, cache.keys), (decoder.cache.values, cache.values)):
         torch.testing.assert_close(filled[:, :, :, 4:30], plain[:, :, :, 4:])
-    assert decoder.position.item() == decoder.cache.length == 30 and torch.equal(decoder.pad, pad)
+    assert decoder.position.item() == 30 and torch.equal(decoder.pad, pad)
 
 
 @pytest.mark.parametrize("recipe", [NORM_BIAS, BOTH], ids=lambda recipe: recipe.name)
@@ -75,7 +74,7 @@ def test_peak_of_a_prompt_is_just_below_the_estimate(recipe, width, monkeypatch)
     decoder, ids = Decoder(model, 2, 256, PlainKernels), torch.full((2, 126), 5)
     held = [decoder.cache.keys, decoder.cache.values, decoder.position, *model.parameters(), *model.buffers()]
     with Live([*held, *(t for layer in decoder.adapters.values() for a, b, _ in layer for t in (a, b))]) as live:
-        _logits(model, decoder, ids, None)
+        _read(model, decoder, ids, None, None)
     parts = estimate_generation(model, 2, 126, 2).parts
     passing = parts["activations"] + parts["prompt"]
     assert 0.93 * passing <= live.peak <= 1.005 * passing

@@ -21,6 +21,8 @@ from accessory.estimate.shapes import Shape
 from accessory.fused.model import fuse_blocks
 from accessory.models.loss import GPU_CHUNK
 from accessory.module import batch_loss
+from accessory.quantization import QuantLinear
+from accessory.quantization.nf4 import NF4
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,43 @@ def test_a_plain_block_keeps_what_is_said(recipe, dtype):
     model = tiny(recipe, dtype=dtype, num_hidden_layers=1)
     expected = training._plain(Shape.of(model, dtype), 2 * 96).kept
     assert kept_by_block(model, 2, 96) == pytest.approx(expected, rel=2e-3)  # 16-bit copies of the norms' weights
+
+
+class Lean:
+    """accessory.fused.pointwise in a forward pass, by what it makes alone."""
+
+    @staticmethod
+    def norm(x, weight, eps):
+        return torch.zeros_like(x), torch.zeros(len(x), 1)
+
+    @staticmethod
+    def add_norm(x, y, weight, eps):
+        return x + y, torch.zeros_like(x), torch.zeros(len(x), 1)
+
+    @staticmethod
+    def rotate_(qkv, cos, sin, rotated):
+        return qkv
+
+    @staticmethod
+    def swiglu(gate_up):
+        return gate_up.new_zeros(len(gate_up), gate_up.shape[1] // 2)
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 4000])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_fused_blocks_forward_takes_no_more_than_its_backward_is_said_to(recomputed, tokens, monkeypatch):
+    # As a GPU's kernels do it: nothing but the weight is made.
+    monkeypatch.setattr(QuantLinear, "dequantize_into", lambda layer, out, lora=None: out.fill_(0.01))
+    monkeypatch.setattr(NF4, "dequantize", lambda self, payload, shape, dtype: torch.full(shape, 0.01, dtype=dtype))
+    monkeypatch.setattr("accessory.fused.block.pointwise", Lean)
+    model = tiny(NORM_BIAS, num_hidden_layers=1, num_key_value_heads=4)
+    fuse_blocks(model)
+    x = torch.zeros(1, tokens, 256, dtype=torch.bfloat16, requires_grad=True)
+    rope = [t.unsqueeze(1) for t in model.model.rotary_emb(x, torch.arange(tokens)[None])]
+    with Live([*model.parameters(), *model.buffers(), x, *rope]) as live:
+        model.model.layers[0](x, rope, recompute=recomputed)
+    said = training._fused(Shape.of(model, torch.bfloat16), tokens)
+    assert live.peak <= (said.again if recomputed else said.kept - x.nbytes + said.passing)
 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 3])

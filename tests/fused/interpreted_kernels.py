@@ -22,6 +22,7 @@ BACKENDS = {
     "nf4-blocks_of_128": NF4(128),
     "int4": Int4(4, 64),
     "int4-groups_of_40": Int4(4, 40),
+    "int4-groups_of_20": Int4(4, 20),
     "int4-groups_of_512": Int4(4, 512),
     "int4-per_channel": Int4(4, -1, sym=True),
     "int8-per_channel": Int4(8, -1, sym=True),
