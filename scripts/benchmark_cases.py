@@ -92,7 +92,8 @@ def grouped(cases: Iterable[Case]) -> list[list[Case]]:
 ISSUE = (
     ("7b", "norm_bias_lora", ("nf4", "rtn"), ((4, 512, False, "train"), (1, 512, False, "train"),
                                               (16, 512, True, "train"))),
-    ("7b", "norm_bias_lora", ("nf4",), ((4, 512, False, "lengths"), (16, 512, True, "lengths"))),
+    ("7b", "norm_bias_lora", ("nf4",), ((4, 512, False, "lengths"), (8, 512, False, "lengths"),
+                                         (16, 512, True, "lengths"))),
     ("7b", "norm_bias", ("nf4", "rtn"), ((16, 512, False, "train"), (16, 512, False, "offload"))),
     ("7b", "norm_bias", ("nf4",), ((1, 32, False, "generate"),)),
     ("70b", "norm_bias", ("nf4", "rtn"), ((1, 512, False, "train"), (1, 512, False, "offload"),
