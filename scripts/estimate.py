@@ -1,6 +1,6 @@
 import _checkout  # noqa: F401
 
-from accessory.estimate.command import estimate_main
+from accessory.estimate_cli import estimate_main
 
 if __name__ == "__main__":
     estimate_main()

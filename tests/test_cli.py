@@ -31,8 +31,7 @@ from accessory.config import (
 )
 from accessory.data.sources import read_data_config
 from accessory.errors import OwnError, UserError
-from accessory.estimate.command import estimate_main
-from accessory.estimate.options import EstimateConfig
+from accessory.estimate_cli import EstimateConfig, estimate_main
 from accessory.flags import FINETUNE_FLAGS, adopt_lora_settings, rewrite
 from accessory.schema import to_typed
 from accessory.shipped import CONFIG_DIR
@@ -342,8 +341,9 @@ def test_error_leaves_the_line_of_a_progress_bar(monkeypatch):
     assert sys.stderr.getvalue() == "\nerror: wrong\n"
 
 
-def test_importing_the_command_line_does_not_load_torch():
-    code = "import sys, accessory.cli; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["cli", "estimate_cli", "tools"])
+def test_importing_a_command_line_does_not_load_torch(module):
+    code = f"import sys, accessory.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=120).returncode == 0
 
 

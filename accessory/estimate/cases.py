@@ -13,9 +13,9 @@ from accessory.config import DataParallel, QuantMethod
 from accessory.errors import UserError
 from accessory.estimate.description import build, describe_model
 from accessory.estimate.generation import estimate_generation
-from accessory.estimate.options import EstimateConfig
 from accessory.estimate.parts import Estimate
 from accessory.estimate.training import Step, estimate_training, host_bytes, save_memory
+from accessory.estimate_cli import EstimateConfig
 from accessory.fast import Fast, choose
 from accessory.models.llama import Llama
 from accessory.strategies import DTYPES, World

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
 
-from accessory.cli import launch, run_command
 from accessory.errors import UserError
 from accessory.estimate.cases import Estimator
-from accessory.estimate.options import ESTIMATE_FLAGS, EstimateConfig
 from accessory.estimate.parts import GIB, OVERHEAD
 from accessory.estimate.report import chosen, sizes_table, table, title, verdict
-from accessory.schema import to_typed
+from accessory.estimate_cli import EstimateConfig
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:
@@ -68,15 +64,3 @@ def output_file(path: str) -> Path:
     if not file.parent.is_dir() or file.is_dir():
         raise UserError(f"--json {path}: name a file in a folder that exists")
     return file
-
-
-def _job(node: DictConfig) -> None:
-    run_command(lambda: estimate(to_typed(node, EstimateConfig)))
-
-
-def estimate_main() -> None:
-    """accessory-estimate, scripts/estimate.py."""
-    launch("estimate", ESTIMATE_FLAGS, EstimateConfig, _job)
-
-
-ConfigStore.instance().store("estimate_schema", node=EstimateConfig)

@@ -16,7 +16,7 @@ from transformers import Blip2Config, LlamaConfig
 from accessory.bases import CONFIG_FILE, VISION_CONFIG_FILE
 from accessory.config import LlamaType, ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
-from accessory.estimate.options import EstimateConfig
+from accessory.estimate_cli import EstimateConfig
 from accessory.models import build_model, config_from_hf, config_from_params, read_json, vision_config_from
 from accessory.models.llama import Llama
 from accessory.quantization import quantize

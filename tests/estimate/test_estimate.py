@@ -31,7 +31,7 @@ from accessory.estimate import GIB, OVERHEAD, SHAPES, Step, estimate_training, h
 from accessory.estimate.cases import Estimator
 from accessory.estimate.command import estimate
 from accessory.estimate.description import build, describe_model
-from accessory.estimate.options import EstimateConfig
+from accessory.estimate_cli import EstimateConfig
 from accessory.quantization import QuantLinear
 
 

@@ -1,4 +1,4 @@
-"""What accessory-estimate is asked: a run's settings, and a few of its own."""
+"""accessory-estimate: a run's settings, and a few of its own. Mistakes in them are told before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Optional
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
 from accessory.checks import find_problems
+from accessory.cli import launch, run_command
 from accessory.config import (
     DataConfig,
     FastConfig,
@@ -22,6 +26,7 @@ from accessory.config import (
 )
 from accessory.errors import UserError, suggest
 from accessory.flags import FINETUNE_FLAGS, Flag
+from accessory.schema import to_typed
 from accessory.sizes import SHAPES
 
 
@@ -88,3 +93,18 @@ ESTIMATE_FLAGS = [
     Flag("json", "json"),
     *FINETUNE_FLAGS,
 ]
+
+
+def _estimate(node: DictConfig) -> None:
+    config = to_typed(node, EstimateConfig)
+    from accessory.estimate.command import estimate
+
+    estimate(config)
+
+
+def estimate_main() -> None:
+    """accessory-estimate, scripts/estimate.py."""
+    launch("estimate", ESTIMATE_FLAGS, EstimateConfig, lambda node: run_command(lambda: _estimate(node)))
+
+
+ConfigStore.instance().store("estimate_schema", node=EstimateConfig)
