@@ -1,6 +1,6 @@
-"""What the demos share: their flags, loading, streaming to a terminal; and the page of single turns.
+"""What the demos share: loading, streaming to a terminal; and the page of single turns.
 
-Flags are LLaMA2-Accessory's. A page is bound to 127.0.0.1; it leaves the machine only with --share. Uploaded images lie
+A page is bound to 127.0.0.1; it leaves the machine only with --share. Uploaded images lie
 in Gradio's temporary folder, for a day at most, and no other file can be read through a page.
 """
 
@@ -20,7 +20,8 @@ from accessory.assemble import assemble
 from accessory.config import PromptType, QuantizationConfig, QuantMethod
 from accessory.data.images import ImageProblem, read_image
 from accessory.data.prompts import SEPARATOR, as_messages, dialog_prompt, format_prompt
-from accessory.errors import UserError, suggest
+from accessory.demo_flags import CONVERSATION, SINGLE_TURN
+from accessory.errors import UserError
 from accessory.generation import stream
 from accessory.models import find_device
 from accessory.models.llama import Llama
@@ -28,67 +29,8 @@ from accessory.models.tokenizer import require_tokenizer
 from accessory.sources import open_sources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CONVERSATION = "conversation"  # the format of models trained with --dialog
-SINGLE_TURN = [*(kind.value for kind in PromptType), CONVERSATION]
 KEPT_SECONDS = 24 * 3600  # how long an uploaded image lies in Gradio's temporary folder
 CSS = ".message-markdown-disabled .md { white-space: pre-wrap !important; }"  # the indentation of code in a chat
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--llama_type", default=None, help="llama_peft or llama_qformerv2_peft; unset: as the folders say")
-    add("--llama_config", nargs="+", default=None, help="JSON files that describe the model; unset: from the folders")
-    add("--tokenizer_path", default=None, help="tokenizer.model or a Hugging Face folder; unset: from the folders")
-    add("--pretrained_path", nargs="+", required=True, help="base folder, then the trainables' folder")
-    add("--quant", action="store_true", help="quantize the base to NF4")
-    add("--dtype", choices=list(DTYPES), default="bf16", help="compute type")
-    add("--device", default=None, help="cuda, cuda:1, cpu; unset: cuda where there is one")
-    add("--max_seq_len", type=int, default=None, help="longest prompt + answer in tokens; unset: the model's own")
-    for ignored in ("--model_parallel_size", "--world_size", "--local_rank", "--dist_url"):  # old launchers pass them
-        add(ignored, default=None, help=argparse.SUPPRESS)
-    add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
-
-
-def add_answer_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every demo: the question, how it is answered, and the page."""
-    add = parser.add_argument
-    add("--prompt", default=None, help="answer this question and exit; unset: serve a page")
-    add("--max_gen_len", type=int, default=128, help="longest answer in tokens")
-    add("--temperature", type=float, default=0.0, help="0: the most likely answer, always the same")
-    add("--top_p", type=float, default=0.75, help="nucleus of the sampling, where temperature is above 0")
-    add("--port", type=int, default=7860, help="port of the page")
-    add("--share", action="store_true", help="also open a public link through Gradio's servers")
-
-
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of a single turn."""
-    add_answer_flags(parser)
-    add = parser.add_argument
-    add("--input", default="", help="the question's optional input")
-    add("--system_prompt", choices=SINGLE_TURN, default="alpaca", help="as in training; conversation: --dialog")
-
-
-def add_image_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", default=None, help="image file that --prompt asks about; on a page, upload it")
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse and check; unknown flags are one line with a suggestion."""
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0], known)}; --help lists them")
-    if args.model_parallel_size not in (None, "1"):
-        raise UserError("--model_parallel_size: tensor parallelism is not offered; one GPU answers")
-    if args.max_gen_len < 1:
-        raise UserError(f"--max_gen_len {args.max_gen_len}: an answer has at least 1 token")
-    if getattr(args, "image", None) is not None:
-        if args.prompt is None:
-            raise UserError("--image goes with --prompt; without it a page is served, where images are uploaded")
-        args.image = str(Path(args.image).expanduser())
-        if not Path(args.image).is_file():
-            raise UserError(f"--image {args.image}: no such file")
-    return args
 
 
 def load(args: argparse.Namespace) -> Llama:

@@ -9,9 +9,7 @@ from typing import Any, Optional
 from accessory.config import PromptType
 from accessory.data.prompts import SEPARATOR, dialog_prompt
 from accessory.demo import (
-    CONVERSATION,
     KEPT_SECONDS,
-    add_answer_flags,
     answer_settings,
     heading,
     image_box,
@@ -21,21 +19,11 @@ from accessory.demo import (
     reply,
     toast,
 )
+from accessory.demo_flags import CHAT
 from accessory.errors import UserError
 from accessory.models.llama import Llama
 
-FORMATS = [CONVERSATION, PromptType.chat.value]
 Messages = list[dict[str, str]]
-
-
-def add_chat_flags(parser: argparse.ArgumentParser) -> None:
-    add_answer_flags(parser)
-    parser.add_argument(
-        "--system_prompt",
-        choices=FORMATS,
-        default=CONVERSATION,
-        help="conversation: the format of models trained with --dialog; chat: the tokenizer's own template",
-    )
 
 
 def chat_prompt(model: Llama, messages: Messages, kind: str) -> tuple[str, Optional[str]]:
@@ -141,7 +129,7 @@ def serve_chat(model: Llama, args: argparse.Namespace) -> None:
                     clear = gr.Button("Clear")
             with gr.Column(scale=1, min_width=260):
                 image = image_box(model, "Image (a new one starts over)")
-                settings = answer_settings(model, args, FORMATS)
+                settings = answer_settings(model, args, CHAT)
         shown = [history, conversation, note, message]
         running = gr.on([send.click, message.submit], on_send, [message, history, *settings, image], shown)
         stop.click(None, cancels=running)

@@ -13,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 from accessory.cli import run_command
-from accessory.demo import add_image_flag, add_model_flags, load, parse
-from accessory.demo_chat import add_chat_flags, chat_once, serve_chat
+from accessory.demo_flags import add_chat_flags, add_image_flag, add_model_flags, parse
 
 
 def main() -> None:
@@ -23,6 +22,9 @@ def main() -> None:
     add_chat_flags(parser)
     add_image_flag(parser)
     args = parse(parser)
+    from accessory.demo import load
+    from accessory.demo_chat import chat_once, serve_chat
+
     model = load(args)
     if args.prompt is not None:
         chat_once(model, args)

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 from accessory.cli import run_command
-from accessory.demo import add_generation_flags, add_model_flags, answer_once, load, parse, serve_single_turn
+from accessory.demo_flags import add_generation_flags, add_model_flags, parse
 
 
 def main() -> None:
@@ -21,6 +21,8 @@ def main() -> None:
     add_model_flags(parser)
     add_generation_flags(parser)
     args = parse(parser)
+    from accessory.demo import answer_once, load, serve_single_turn
+
     model = load(args)
     if args.prompt is not None:
         answer_once(model, args)

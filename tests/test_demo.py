@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import accessory
-from accessory import demo, demo_chat
+from accessory import demo, demo_chat, demo_flags
 from accessory.config import PromptType
 from accessory.data.prompts import as_messages, dialog_prompt, format_prompt
 from accessory.errors import UserError
@@ -243,5 +243,5 @@ def test_undo_takes_the_last_question_back(history, kept, question):
 
 def test_chat_stays_a_conversation_unless_asked():
     parser = argparse.ArgumentParser()
-    demo_chat.add_chat_flags(parser)
+    demo_flags.add_chat_flags(parser)
     assert parser.parse_args([]).system_prompt == "conversation"

@@ -12,7 +12,7 @@ from conftest import write_data
 
 import accessory
 import accessory.assemble
-from accessory import demo
+from accessory import demo, demo_flags
 from accessory.config import ModelConfig
 from accessory.data.prompts import SYSTEM
 from accessory.errors import UserError
@@ -109,8 +109,8 @@ def test_quantization_of_another_version_is_named(hf_folder, tmp_path):
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    demo.add_model_flags(parser)
-    demo.add_generation_flags(parser)
+    demo_flags.add_model_flags(parser)
+    demo_flags.add_generation_flags(parser)
     return parser.parse_args(words)
 
 
