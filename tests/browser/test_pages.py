@@ -100,8 +100,9 @@ class Page:
         return [element.find_element("css selector", ".md").get_property("textContent") for element in spoken]
 
     def toast(self) -> str:
-        shown = self.wait(lambda: self.elements("//*[contains(@class, 'toast-message-text')]"))
-        return shown[-1].text
+        toasts = "//*[contains(@class, 'toast-message-text')]"
+        # Before it is visible, a toast is there without a text.
+        return self.wait(lambda: [text for toast in self.elements(toasts) if (text := toast.text)])[-1]
 
     def record(self, label: str) -> None:
         """Note every text of a box from now on."""
