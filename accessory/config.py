@@ -231,6 +231,10 @@ class FastConfig:
     """Keep the inputs of blocks, and the residuals of those that are not recomputed, in host memory: copied beside the
     computation, a fifth of the activations less. Unset: on a GPU where a step does not fit otherwise, before any block
     is recomputed, and where all are (train.checkpointing=true); needs `blocks`."""
+    keep_attention: Optional[bool] = None
+    """Keep attention's output for backward, a tenth of the activations more, instead of computing it there again: 1 %
+    of a step at 512 tokens, several at thousands. Unset: on a GPU where it fits besides all else and no block is
+    recomputed; needs `blocks`."""
     padding_free: Optional[bool] = None
     """Lay the items of a micro-batch behind each other in rows of up to max_words tokens, instead of padding them to
     the longest: the same update, fewer tokens. data.packing instead fills batch_size whole rows: larger batches."""

@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from accessory.config import Config, DataParallel, FastConfig, Precision
-from accessory.estimate import GIB, Step, graphs_fit, host_bytes, save_memory
-from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
+from accessory.estimate import GIB, Step, attention_fits, graphs_fit, host_bytes, save_memory
+from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
 from accessory.models.llama import Llama
 from accessory.strategies import World
 
@@ -29,7 +29,9 @@ NAMES = {
     "graphs": "CUDA graphs",
     "padding_free": "padding-free",
     "offload": "inputs and residuals of blocks in host memory",
+    "keep_attention": "attention's outputs kept",
 }
+WHAT_FITS = ("offload", "keep_attention")  # decide these, where they are unset
 
 
 @dataclass
@@ -70,7 +72,7 @@ def choose(config: Config, world: World) -> Fast:
 
 def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
     default = config.enabled if config.enabled is not None else device.type == "cuda"
-    parts = (part for part in NAMES if part != "offload")  # which depends on what fits
+    parts = (part for part in NAMES if part not in WHAT_FITS)
     return {part: default if getattr(config, part) is None else getattr(config, part) for part in parts}
 
 
@@ -92,6 +94,7 @@ def install(fast: Fast, config: Config, model: Llama, world: World) -> None:
     _replace_blocks(fast, model)
     make_room(fast, config, model, world.local_size)
     _spare_graphs(fast, config, model)
+    _keep_attention(fast, config, model)
 
 
 def _replace_blocks(fast: Fast, model: Llama) -> None:
@@ -158,10 +161,30 @@ def _spare_graphs(fast: Fast, config: Config, model: Llama) -> None:
     """Where memory is short, steps are long, and a graph gains little: rather none than more blocks recomputed."""
     if "graphs" not in fast.active:
         return
-    step = replace(largest_step(config, model), offloaded="offload" in fast.active)
-    if not graphs_fit(model, step, model.model.recomputed, _available(model.device)):
+    if not graphs_fit(model, planned_step(fast, config, model), model.model.recomputed, _available(model.device)):
         fast.active.discard("graphs")
         fast.why_not["graphs"] = "there is no memory for a step beside the captured one (--batch_size, --max_words)"
+
+
+def _keep_attention(fast: Fast, config: Config, model: Llama) -> None:
+    """As told; otherwise with the memory that all else leaves. On a CPU not before it is asked for, as host memory."""
+    told, recomputed = config.fast.keep_attention, model.model.recomputed
+    if told and "blocks" not in fast.active:
+        fast.why_not["keep_attention"] = "plain blocks keep it as autograd does; only fused ones (fast.blocks) need not"
+    elif told and recomputed == len(model.model.layers):
+        fast.why_not["keep_attention"] = "all blocks are recomputed"
+    elif told is None and model.device.type != "cpu":
+        told = attention_fits(model, planned_step(fast, config, model), recomputed, _available(model.device))
+    if told and "keep_attention" not in fast.why_not:
+        fast.active.add("keep_attention")
+        keep_attention(model)
+
+
+def planned_step(fast: Fast, config: Config, model: Llama) -> Step:
+    """The largest micro-batch as it will be computed."""
+    step, active = largest_step(config, model), fast.active
+    keeps_attention = step.keeps_attention or "keep_attention" in active
+    return replace(step, captured="graphs" in active, offloaded="offload" in active, keeps_attention=keeps_attention)
 
 
 def largest_step(config: Config, model: Llama) -> Step:
@@ -169,4 +192,5 @@ def largest_step(config: Config, model: Llama) -> Step:
     rows, width, images = config.train.batch_size, config.data.max_words, None
     if config.data.packing and model.image_words:
         images = rows * (width // (model.image_words + 1))
-    return Step(rows, width, images, fused=model.model.fused)
+    keeps_attention = bool(config.fast.keep_attention) and model.model.fused
+    return Step(rows, width, images, fused=model.model.fused, keeps_attention=keeps_attention)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
 from accessory.config import Config
 from accessory.data.datamodule import DataModule
 from accessory.estimate import estimate_training
-from accessory.fast import Fast, largest_step
+from accessory.fast import Fast, planned_step
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
 from accessory.quantization import QuantLinear, block_linears
@@ -69,10 +68,7 @@ def describe_run(
         ("output", config.output_dir + (f", continuing from {checkpoint.name}" if checkpoint else "")),
     ]
     if world.device.type == "cuda":
-        step = replace(
-            largest_step(config, model), captured="graphs" in fast.active, offloaded="offload" in fast.active
-        )
-        estimated = estimate_training(model, step, recomputed)
+        estimated = estimate_training(model, planned_step(fast, config, model), recomputed)
         rows.insert(-1, ("memory", f"up to about {estimated.line()}"))
     if isinstance(model, QFormerLlama):
         rows.insert(3, ("images", image_part_line(model)))

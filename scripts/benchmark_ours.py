@@ -103,8 +103,11 @@ def estimate(model: Any, case: dict[str, Any]) -> Optional[float]:
     if case["task"] == "generate":
         found = estimating.estimate_generation(model, batch, length, case["new_tokens"], DTYPE, images)
         return found.peak / estimating.GIB
-    fused, offloaded = case["compile"], case["compile"] and case["offload"]
-    step = estimating.Step(batch, length, images, dtype=DTYPE, fused=fused, captured=fused, offloaded=offloaded)
+    fused = case["compile"]
+    step = estimating.Step(
+        batch, length, images, dtype=DTYPE, fused=fused, captured=fused,
+        offloaded=fused and case["offload"], keeps_attention=fused and case["keep_attention"],
+    )  # fmt: skip
     recomputed = len(model.model.layers) if case["checkpointing"] else 0
     return estimating.estimate_training(model, step, recomputed).peak / estimating.GIB
 
@@ -120,12 +123,13 @@ def ours(group: dict[str, Any]) -> System:
     def checkpoint(on: bool) -> None:
         model.model.recomputed = len(model.model.layers) if on else 0
 
-    def offload(on: bool) -> None:
+    def keep(case: dict[str, Any]) -> None:
         for block in model.model.layers if stack is not None else ():
-            block.forward.host = stack if on else None
+            block.forward.host = stack if case["offload"] else None
+            block.forward.keeps_attention = case["keep_attention"]
 
     return System(
-        model, loss, checkpoint, offload,
+        model, loss, checkpoint, keep,
         batch=partial(make_batch, model),
         rows=lambda case, number: packed_rows(case, vocab, number),
         train_step=train_step,

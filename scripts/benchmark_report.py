@@ -48,7 +48,7 @@ def line(row: dict[str, Any]) -> str:
     base = row["base"] + (f"+{row['images']}" if row["images"] else "")
     head = (
         f"{row['system']:<8} {row['task']:<8} {row['model']:<5} {base:<5} {row['recipe']:<15} {shape:>9} "
-        f"{'yes' if row['checkpointing'] else 'host' if row.get('offload') else 'no':>4} "
+        f"{_ckpt(row):>4} "
     )
     if "error" in row:
         return f"{head} failed: {row['error']}"
@@ -57,6 +57,12 @@ def line(row: dict[str, Any]) -> str:
         f"{head}{row['tokens_per_s']:>9,.0f} {row['ms_per_step']:>8,.1f} {f'{low:,.1f}-{high:,.1f}':>15} "
         f"{row['peak_gib']:>8.2f}{_estimate(row)}  {_times(row)}"
     ).rstrip()
+
+
+def _ckpt(row: dict[str, Any]) -> str:
+    if row["checkpointing"] or not row.get("offload"):
+        return "yes" if row["checkpointing"] else "no"
+    return "host" if row.get("keep_attention") else "min"
 
 
 def _times(row: dict[str, Any]) -> str:
@@ -186,7 +192,8 @@ def _name(row: dict[str, Any]) -> str:
 
 def _shape(row: dict[str, Any]) -> str:
     images = f", images {row['images']}" if row["images"] else ""
-    checkpointing = ", checkpointing" if row["checkpointing"] else ", offload" if row.get("offload") else ""
+    away = ", offload" + ("" if row.get("keep_attention") else ", attention recomputed") if row.get("offload") else ""
+    checkpointing = ", checkpointing" if row["checkpointing"] else away
     rows = f"{row['batch']} items" if row["task"] == "lengths" else f"{row['batch']} x {row['length']}"
     rows += f" + {row['new_tokens']}" if row["task"] == "generate" else ""
     return f"{row['model'].upper()} {BASES[row['base']]} `{row['recipe']}`, {rows}{checkpointing}{images}"

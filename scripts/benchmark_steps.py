@@ -52,8 +52,8 @@ class System:
     """Mean over the learnt tokens of a batch."""
     checkpoint: Callable[[bool], None]
     """Turn activation checkpointing on or off."""
-    offload: Callable[[bool], None] = lambda on: None
-    """Keep in host memory what the system can keep there, or not."""
+    keep: Callable[[dict[str, Any]], None] = lambda case: None
+    """Choose for a case what else is kept for backward, and where."""
     batch: Callable[[Tensor, dict[str, Any]], Batch] = plain_batch
     """input_ids int64 [b, s] -> what loss takes; every token is learnt."""
     rows: Optional[Callable[[dict[str, Any], int], tuple[Batch, int]]] = None

@@ -130,7 +130,7 @@ class Worker:
             self.step = lambda _: system.generate(case)
         else:
             system.checkpoint(case["checkpointing"])
-            system.offload(case["offload"])
+            system.keep(case)
             self.step = system.train_step(system.model, system.loss, case)
         self.case = case
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_data, tiny_config, trainables
 
 import accessory
 from accessory.config import Config, DataParallel, Precision
-from accessory.estimate import host_bytes
+from accessory.estimate import estimate_training, host_bytes
 from accessory.fast import Fast, choose, free_host_memory, install, largest_step, make_room
 from accessory.finetune import finetune
 from accessory.fused.model import fuse_blocks
@@ -98,6 +100,50 @@ def test_on_a_cpu_inputs_go_to_host_memory_where_it_is_asked_for(
     assert (fused and model.model.layers[0].forward.host is not None) == active
     assert fast.why_not.get("offload") == reason
     assert model.model.recomputed == checkpointing * len(model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("told", "fused", "checkpointing", "active", "reason"),
+    [
+        (None, True, False, False, None),
+        (True, True, False, True, None),
+        (True, False, False, False, "only fused ones (fast.blocks)"),
+        (True, True, True, False, "all blocks are recomputed"),
+    ],
+)
+def test_on_a_cpu_attentions_output_is_kept_where_it_is_asked_for(
+    told, fused, checkpointing, active, reason, meta_folder
+):
+    model = accessory.load_model([meta_folder], quantization="nf4")
+    fast = Fast({"blocks"} if fused else set())
+    asked = config(**{"fast.keep_attention": told, "train.checkpointing": checkpointing})
+    install(fast, asked, model, world("cpu"))
+    assert ("keep_attention" in fast.active) == active
+    assert (fused and model.model.layers[0].forward.keeps_attention) == active
+    assert (reason or "") in fast.why_not.get("keep_attention", "")
+
+
+def test_on_a_gpu_attentions_output_is_kept_where_all_else_leaves_room(meta_folder, monkeypatch):
+    model = accessory.load_model([meta_folder], quantization="nf4")
+    fuse_blocks(model)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    asked = config()
+    estimated = estimate_training(model, replace(largest_step(asked, model), keeps_attention=True), 0)
+    beside = estimated.parts["activations"] + max(estimated.parts["loss"], estimated.parts["backward"])
+    needed = estimated.peak + beside
+    for available in (needed, needed - 1):
+        monkeypatch.setattr("accessory.fast._available", lambda device, available=available: available)
+        fast = Fast({"blocks", "graphs"})
+        install_without_blocks(fast, asked, model)
+        assert ("keep_attention" in fast.active) == (available == needed)
+        assert "graphs" in fast.active and "offload" not in fast.active and model.model.recomputed == 0
+
+
+def install_without_blocks(fast: Fast, asked: Config, model) -> None:
+    """`install` in a model whose blocks are fused already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accessory.fast._replace_blocks", lambda fast, model: None)
+        install(fast, asked, model, world("cuda"))
 
 
 def test_no_more_than_half_of_the_free_host_memory_is_taken_by_all_ranks_together(meta_folder, monkeypatch):

@@ -17,7 +17,7 @@ from accessory.finetune import finetune
 from accessory.fused import pointwise
 from accessory.fused.graph import GraphedLoss
 from accessory.fused.host import HostStack
-from accessory.fused.model import fuse_blocks, keep_on_host
+from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host
 from accessory.models import build_model, config_from_params
 from accessory.module import batch_loss
 from accessory.quantization import quantize
@@ -102,10 +102,13 @@ def test_fused_blocks_are_as_near_to_fp32_gradients_as_plain_ones(lora, fast):
     model = small_model(recipe)
     fuse_blocks(model)
     trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for recomputed, on_host in ((0, False), (3, False), (0, True), (2, True), (4, True)):
+    ways = ((0, False, False), (3, False, False), (0, True, False), (2, True, False), (4, True, False), (0, True, True))
+    for recomputed, on_host, keeps_attention in ways:
         model.model.recomputed = recomputed
         if on_host:
             keep_on_host(model, input_ids.numel())
+        if keeps_attention:
+            keep_attention(model)
         if fast == "graph":
             graphed = GraphedLoss(lambda b: batch_loss(model, b, fixed_shape=True), list(trainables.values()))
             graphed.attach()
@@ -145,8 +148,8 @@ def test_what_lies_in_host_memory_is_waited_for_however_long_its_copies_take(rec
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
-@pytest.mark.parametrize("recomputed", [0, 4, 8])
-def test_a_steps_peak_is_the_estimated_one(recomputed, offloaded):
+@pytest.mark.parametrize(("recomputed", "keeps_attention"), [(0, True), (0, False), (4, True), (4, False), (8, False)])
+def test_a_steps_peak_is_the_estimated_one(recomputed, keeps_attention, offloaded):
     from accessory.weights import weight_places
 
     torch.manual_seed(0)
@@ -161,6 +164,8 @@ def test_a_steps_peak_is_the_estimated_one(recomputed, offloaded):
     fuse_blocks(model)
     if offloaded:
         keep_on_host(model, 16 * 512)
+    if keeps_attention:
+        keep_attention(model)
     model.model.recomputed = recomputed
     ids = torch.randint(1000, (16, 512), device="cuda")
     positions = torch.arange(512, device="cuda").expand(16, 512)
@@ -169,7 +174,7 @@ def test_a_steps_peak_is_the_estimated_one(recomputed, offloaded):
     there = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     batch_loss(model, batch).backward()
-    step = Step(16, 512, captured=False, offloaded=offloaded)
+    step = Step(16, 512, captured=False, offloaded=offloaded, keeps_attention=keeps_attention)
     parts = estimate_training(model, step, recomputed).parts
     passing = parts["activations"] + max(parts["loss"], parts["backward"])
     measured = torch.cuda.max_memory_allocated() - there

@@ -18,7 +18,8 @@ likewise, the fused path keeps of a block
 
     2 M (d + (q + 2 kv) + d + 2 f) + 8 M bytes     its input; q, k, v; the residual after attention; gate, up; 1 / rms
 
-or 85 kB a token with 7B's sizes, 8 kB if recomputed; 69 kB and nothing where input and residual lie in host memory.
+or 85 kB a token with 7B's sizes, 8 kB if recomputed; 69 kB and nothing where input and residual lie in host memory;
+2 M q + 4 M heads more, 8 kB a token, with attention's output and its logsumexp.
 Figures are those of torch.cuda.max_memory_allocated(); what the CUDA context and fragmentation take comes on top
 (`OVERHEAD`).
 """
@@ -28,6 +29,7 @@ from accessory.estimate.generation import estimate_generation
 from accessory.estimate.parts import GIB, OVERHEAD, Estimate
 from accessory.estimate.training import (
     Step,
+    attention_fits,
     estimate_training,
     graphs_fit,
     host_bytes,
@@ -42,6 +44,7 @@ __all__ = [
     "SHAPES",
     "Estimate",
     "Step",
+    "attention_fits",
     "estimate_generation",
     "estimate_training",
     "graphs_fit",

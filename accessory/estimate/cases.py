@@ -14,7 +14,7 @@ from accessory.errors import UserError
 from accessory.estimate.description import build, describe_model
 from accessory.estimate.generation import estimate_generation
 from accessory.estimate.parts import Estimate
-from accessory.estimate.training import Step, estimate_training, host_bytes, save_memory
+from accessory.estimate.training import Step, attention_fits, estimate_training, graphs_fit, host_bytes, save_memory
 from accessory.estimate_cli import EstimateConfig
 from accessory.fast import Fast, choose
 from accessory.models.llama import Llama
@@ -32,11 +32,13 @@ class Case:
     shards: int
     recomputed: int = 0
     offloaded: bool = False
+    keeps_attention: bool = False
+    captured: bool = True
 
 
 class Estimator:
     """Estimates of one model under changing settings. available: bytes that tensors can take on a GPU, if it is known
-    which; what train.checkpointing and fast.offload leave open is then the least that fits."""
+    which; what train.checkpointing, fast.offload and fast.keep_attention leave open is then the fastest that fits."""
 
     def __init__(self, config: EstimateConfig, available: Optional[int]):
         self.config, self.described = config, describe_model(config)
@@ -70,13 +72,15 @@ class Estimator:
         active = self.fast(case).active
         fused, captured = "blocks" in active, "graphs" in active
         sizes = case.rows, case.width, self._images(case), case.shards
-        return Step(*sizes, self.dtype, fused, captured, fused and case.offloaded)
+        return Step(*sizes, self.dtype, fused, captured, fused and case.offloaded, fused and case.keeps_attention)
 
     def fast(self, case: Case) -> Fast:
         """What a run on GPUs would choose."""
         ranks = max(self.config.ranks, case.shards)
         fast = choose(self.config, World(0, 0, ranks, ranks, torch.device("cuda")))
-        fast.active |= {"offload"} if case.offloaded else set()
+        chosen = {"offload": case.offloaded, "keep_attention": case.keeps_attention}
+        fast.active |= {part for part, active in chosen.items() if active}
+        fast.active -= set() if case.captured else {"graphs"}
         return fast
 
     def _images(self, case: Case) -> int:
@@ -91,9 +95,14 @@ class Estimator:
 
     def fitting(self, case: Case, available: float, checkpointing: Optional[bool]) -> Case:
         """The case with as little recomputed and offloaded as fits, or as told; where nothing fits, with all of it."""
-        offload = self.config.fast.offload
+        offload, keeps_attention = self.config.fast.offload, self.config.fast.keep_attention
+        case = replace(case, keeps_attention=bool(keeps_attention), captured=True)
         recomputed, offloaded = save_memory(self.model(case), self.step(case), available, checkpointing, offload)
-        return replace(case, recomputed=recomputed, offloaded=offloaded)
+        case = replace(case, recomputed=recomputed, offloaded=offloaded)
+        case = replace(case, captured=graphs_fit(self.model(case), self.step(case), recomputed, available))
+        if keeps_attention is None:
+            keeps_attention = attention_fits(self.model(case), self.step(case), recomputed, available)
+        return replace(case, keeps_attention=keeps_attention)
 
     def recomputing(self, blocks: int) -> Case:
         """What is asked, with so many blocks recomputed."""
@@ -101,13 +110,18 @@ class Estimator:
             return self.asked
         if blocks == self.blocks:
             return self.fitting(self.asked, math.inf, True)
-        return replace(self.asked, recomputed=blocks, offloaded=bool(self.config.fast.offload))
+        fast = self.config.fast
+        told = {"offloaded": bool(fast.offload), "keeps_attention": bool(fast.keep_attention)}
+        return replace(self.asked, recomputed=blocks, captured=True, **told)
 
     def saving(self, case: Case) -> str:
         """What of a step is recomputed or lies elsewhere."""
         if case.recomputed:
             return f"{case.recomputed} of {self.blocks} blocks recomputed"
-        return "inputs in host memory" if case.offloaded else "nothing recomputed"
+        if case.offloaded:
+            return "inputs in host memory"
+        again = self.step(case).fused and not case.keeps_attention
+        return "attention's output recomputed" if again else "nothing recomputed"
 
     def on_host(self) -> int:
         """Bytes of host memory that a rank's step takes, as asked."""
@@ -132,6 +146,9 @@ class Estimator:
             yield f"train.checkpointing=null: {self.saving(some)}", self.train(some).peak
         if self.config.fast.offload is False and self.step(asked).fused:
             yield "fast.offload=null: inputs in host memory", self.train(replace(asked, offloaded=True)).peak
+        if self.config.fast.keep_attention and self.step(asked).fused and asked.recomputed < self.blocks:
+            again = replace(asked, keeps_attention=False)
+            yield "fast.keep_attention=null: attention's output recomputed", self.train(again).peak
         for name, smallest in (("rows", 1), ("width", 128)):
             smaller = self._halved(asked, name, smallest, available)
             if smaller != asked:

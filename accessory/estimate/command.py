@@ -25,14 +25,15 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
     names = {0: none, estimator.blocks: "recompute all"}
     columns = {number: names.get(number, f"{number} of them") for number in sorted({0, asked.recomputed, *names})}
     columns[asked.recomputed] += " *"
-    trainings = {name: estimator.train(estimator.recomputing(number)) for number, name in columns.items()}
+    cases = [estimator.recomputing(number) for number in columns]
+    trainings = {name: estimator.train(case) for name, case in zip(columns.values(), cases, strict=True)}
     generation = estimator.generate()
     print(title(estimator), "", table(trainings, generation), f"  * {chosen(estimator, memory)}", "", sep="\n")
     figures: dict[str, Any] = {
         "model": estimator.described.name,
         "train": {
-            str(n): vars(trainings[name]) | {"offloaded": estimator.recomputing(n).offloaded}
-            for n, name in columns.items()
+            str(n): vars(trainings[name]) | {"offloaded": case.offloaded, "keeps_attention": case.keeps_attention}
+            for (n, name), case in zip(columns.items(), cases, strict=True)
         },
         "recomputed_blocks": asked.recomputed,
         "host_memory": estimator.on_host(),

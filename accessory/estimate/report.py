@@ -65,8 +65,8 @@ def chosen(estimator: Estimator, memory: Optional[int]) -> str:
         return f"as asked: train.checkpointing={str(told).lower()}{away}"
     if memory is None:
         return (
-            "on a GPU that has the memory; with less, inputs of blocks go to host memory, then as few blocks are "
-            "recomputed as fit (train.checkpointing unset)"
+            "on a GPU that has the memory; with less, attention's outputs are recomputed, then inputs of blocks go to "
+            "host memory, then as few blocks are recomputed as fit (train.checkpointing unset)"
         )
     return f"the least recomputing that fits into {memory / GIB:.4g} GiB, if any does (train.checkpointing unset)"
 

@@ -28,6 +28,7 @@ class Step:
     of a model on the meta device. fused: accessory.fused's blocks; otherwise what autograd keeps of models/llama.py
     without torch.compile, an upper figure. captured: the fused path as one CUDA graph. offloaded: what the fused blocks
     can send there lies in host memory, their inputs and, where they are not recomputed, their residuals.
+    keeps_attention: fused blocks that are not recomputed keep attention's output.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Step:
     fused: bool = True
     captured: bool = True
     offloaded: bool = False
+    keeps_attention: bool = False
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
     shape = Shape.of(model, step.dtype)
     assert 0 <= recomputed_blocks <= shape.blocks
     fused = step.fused and not shape.drops  # accessory.fused.model.why_not_fused
-    block = _fused(shape, step.tokens) if fused else _plain(shape, step.tokens)
+    block = _fused(shape, step.tokens, step.keeps_attention) if fused else _plain(shape, step.tokens)
     base, trainables = held_bytes(model, step.dtype, step.shards)
     image_kept, image_passing = image_part(model, step.rows if step.images is None else step.images, shape.itemsize)
     rotary_table = shape.itemsize * step.tokens * 2 * shape.e
@@ -118,12 +120,22 @@ def host_bytes(model: Llama, step: Step, recomputed_blocks: int) -> int:
     return sent * 2 ** math.ceil(math.log2(shape.itemsize * step.tokens * shape.d))
 
 
-def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes: int) -> bool:
+def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes: float) -> bool:
     """Whether there is room for a captured step and one beside it: a graph keeps its step's memory to itself, and the
     first step of every other shape, and validation, do without that."""
     estimate = estimate_training(model, step, recomputed_blocks)
     beside = estimate.parts["activations"] + max(estimate.parts["loss"], estimate.parts["backward"])
     return estimate.peak + beside <= available_bytes
+
+
+def attention_fits(model: Llama, step: Step, recomputed_blocks: int, available_bytes: float) -> bool:
+    """Whether attention's output can be kept besides, and nothing else be given up for it."""
+    if not step.fused or recomputed_blocks:
+        return False
+    kept = replace(step, keeps_attention=True)
+    if step.captured:
+        return graphs_fit(model, kept, 0, available_bytes)
+    return estimate_training(model, kept, 0).peak <= available_bytes
 
 
 def _peak(parts: dict[str, int]) -> int:
@@ -141,20 +153,21 @@ class Block:
     again: int
 
 
-def _fused(s: Shape, m: int) -> Block:
+def _fused(s: Shape, m: int, keeps_attention: bool = False) -> Block:
     """accessory.fused.block: what `_Function` saves, and the steps of `FusedBlock.backward`, which come one after the
     other. Counted in numbers of the compute type a token, fp32 ones as 4 / itemsize of them."""
     wide = 4 / s.itemsize
     qkv, gate_up = s.q + 2 * s.kv, 2 * s.f
     t = {group: sum(s.lora.get(name, 0) for name in names) for group, names in GROUPS.items()}
     kept = s.d + qkv + s.d + gate_up + 2 * wide + sum(t.values())
+    kept += (s.q + s.heads * wide) if keeps_attention else 0  # and its logsumexp
 
     def steps(again: int) -> int:
         """again: 1 where the block's results are made anew, and go with their last use; 0 where they are kept, and are
         counted among the activations."""
         dy = d_middle = normed = s.d
         made = again * (qkv + s.d + s.q + gate_up)  # besides x: q, k, v; attention's output; its residual; gate, up
-        attended = s.q + (qkv if again else -gate_up)  # gate and up, if they were kept, are free by then
+        attended = s.q + qkv if again else -gate_up + (0 if keeps_attention else s.q)  # what was kept, is free by then
         flash = s.q * wide + (2 * s.q if s.kv < s.q else 0)  # dq in fp32; grouped heads' dk and dv before their sum
         passing = (
             (made + dy + s.f, "down"),  # h (LoRA's), then dh, in whose place the gradient of gate and up is written

@@ -1,10 +1,11 @@
 """A decoder block as one function with a hand-written backward.
 
 What autograd would keep of a block is decided here instead: its input, the rotated q, k and v, the residual after
-attention, and gate and up. Everything else is a pointwise step or a dequantization away and is made again in backward;
-attention's output too (1 % of the arithmetic at 512 tokens). A *recomputed* block keeps its input alone, and in
-backward repeats its forward up to gate and up: the last matmul's result is needed by nothing. Input and residual can
-lie in host memory meanwhile: they are a fifth of what a block keeps, and are copied while it computes.
+attention, and gate and up. Everything else is a pointwise step or a dequantization away and is made again in backward.
+Attention's output is a tenth more to keep, and the longer the rows, the more it takes to make it again, so
+`keeps_attention` is a choice. A *recomputed* block keeps its input alone, and in backward repeats its forward up to
+gate and up: the last matmul's result is needed by nothing. Input and residual can lie in host memory meanwhile: they
+are a fifth of what a block keeps, and are copied while it computes.
 
 Frozen weights need no gradients, so a matmul's backward is one matmul; trainables are reached through `Group`.
 """
@@ -36,6 +37,7 @@ class FusedBlock:
         self.down = Group([mlp.down_proj])
         self.norms = block.input_layernorm, block.post_attention_layernorm
         self.host: Optional[HostStack] = None  # where the input lies until backward, and the residual that is kept
+        self.keeps_attention = False  # its output too, unless the block is recomputed
         self.head_dim = attention.head_dim
         queries, keys, _ = (part.layer.out_features // attention.head_dim for part in self.qkv.parts)
         self.heads = (queries, keys, keys)
@@ -58,8 +60,8 @@ class FusedBlock:
         b, s, d = x.shape
         cos, sin = (t.expand(b, 1, s, -1).reshape(b * s, -1) for t in rope)
         trainables = [norm.weight for norm in self.norms] + [p for group in self.groups for p in group.trainables]
-        sends = self.host is not None and torch.is_grad_enabled()
-        flat = _Function.apply(x.reshape(b * s, d), self, (cos, sin), (b, s), mask, recompute, sends, *trainables)
+        trains = torch.is_grad_enabled()
+        flat = _Function.apply(x.reshape(b * s, d), self, (cos, sin), (b, s), mask, recompute, trains, *trainables)
         return flat.view(b, s, d)
 
     def forward(
@@ -69,28 +71,30 @@ class FusedBlock:
         rows: tuple[int, int],
         mask: Mask,
         repeated: bool = False,
-        sends: bool = False,
+        keeps: bool = False,
     ) -> tuple[Optional[Tensor], list[Any]]:
         """x: [m, d] -> the block's output, and what backward needs besides x. repeated: within backward, where the
-        output is not needed, and attention's own backward is. sends: the residual goes to host memory."""
+        output is not needed, and attention's own backward is. keeps: a backward will come, and repeat nothing: the
+        residual goes where it lies until then, and attention's output is kept if it is to be."""
         first, second = self.norms
+        keeps_attention = repeated or (keeps and self.keeps_attention)
         normed, rstd_1 = pointwise.norm(x, first.weight, first.eps)
         qkv, t_qkv = self.qkv.forward(normed)
         qkv = pointwise.rotate_(qkv.unflatten(1, (-1, self.head_dim)), *rope, sum(self.heads[:2]))
-        heard = self.attend(qkv, rows, mask, for_backward=repeated)
+        heard = self.attend(qkv, rows, mask, for_backward=keeps_attention)
         y, t_out = self.out.forward(heard[0].detach())
         middle, normed, rstd_2 = pointwise.add_norm(x, y, second.weight, second.eps)
-        residual = self.host.push(middle) if sends else middle
-        heard = heard if repeated else None
+        residual = self.host.push(middle) if keeps and self.host is not None else middle
+        heard = [heard] if keeps_attention else []
         del y  # beside all that the blocks keep, the MLP is where a forward takes most
         gate_up, t_gate_up = self.gate_up.forward(normed)
         del normed
         kept = [rstd_1, qkv, residual, rstd_2, gate_up, t_qkv, t_out, t_gate_up]
         if repeated:
-            return None, [*kept, None, heard]
+            return None, [*kept, None, *heard]
         y, t_down = self.down.forward(pointwise.swiglu(gate_up))
         y += middle
-        return y, [*kept, t_down]
+        return y, [*kept, t_down, *heard]
 
     def backward(
         self, dy: Tensor, x: Kept, kept: list[Any], rope: tuple[Tensor, Tensor], rows: tuple[int, int], mask: Mask
@@ -164,12 +168,12 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: FusedBlock, rope: tuple, rows: tuple, mask: Mask, recompute: bool, sends: bool,
+        ctx: Any, x: Tensor, block: FusedBlock, rope: tuple, rows: tuple, mask: Mask, recompute: bool, trains: bool,
         *_: nn.Parameter,
     ) -> Tensor:  # fmt: skip
-        sends = sends and any(ctx.needs_input_grad)
-        kept_x = block.host.push(x) if sends else x
-        y, kept = block.forward(x, rope, rows, mask, sends=sends and not recompute)
+        trains = trains and any(ctx.needs_input_grad)
+        kept_x = block.host.push(x) if trains and block.host is not None else x
+        y, kept = block.forward(x, rope, rows, mask, keeps=trains and not recompute)
         ctx.block, ctx.where, ctx.kept = block, (rope, rows, mask), [kept_x] if recompute else [kept_x, *kept]
         return y
 

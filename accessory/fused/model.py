@@ -59,6 +59,12 @@ def fuse_blocks(model: Llama) -> None:
     model.model.fused = True
 
 
+def keep_attention(model: Llama) -> None:
+    """Let blocks that are not recomputed keep attention's output for backward."""
+    for block in model.model.layers:
+        block.forward.keeps_attention = True
+
+
 def keep_on_host(model: Llama, tokens: int) -> HostStack:
     """Let blocks keep their input in host memory, and those that are not recomputed the residual after attention as
     well. tokens: of the largest micro-batch."""

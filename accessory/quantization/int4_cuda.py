@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accessory.quantization.eights_cuda import UNITS, eights_of_tile, joined
 
-TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
+TILE, TILE_WITH_LORA = (8, 512), (64, 64)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accessory.quantization.eights_cuda import eight_values, eights_of_tile, joined, shuffles, values_of_codes
 
-TILE, TILE_WITH_LORA = (16, 256), (64, 64)  # rows and columns that a program writes
+TILE, TILE_WITH_LORA = (16, 256), (16, 256)  # rows and columns that a program writes
 WARPS, WARPS_WITH_LORA = 4, 4
 MAX_RANK = 64  # of LoRA that is added; a larger one's tiles would not fit into every GPU's shared memory
 HALF = torch.float16  # known to every GPU

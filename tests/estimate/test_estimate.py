@@ -94,9 +94,9 @@ def test_script_prints_a_table_and_writes_the_figures(tmp_path, monkeypatch, cap
 
 
 def test_suggestions_give_the_peak_that_they_would_have():
-    config = asked(gpu_memory=0.95, recipe=BOTH, train=TrainConfig(batch_size=16, checkpointing=False))
+    config = asked(gpu_memory=0.9, recipe=BOTH, train=TrainConfig(batch_size=16, checkpointing=False))
     offered = estimate(config)["suggestions"]
-    smaller = replace(config, train=TrainConfig(batch_size=8, accum_iter=2))
+    smaller = replace(config, train=TrainConfig(batch_size=8, accum_iter=2, checkpointing=False))
     assert offered["--batch_size 8 --accum_iter 2"] == estimate(smaller)["train"]["0"]["peak"]
     other = replace(config, recipe=NORM_BIAS)
     assert offered["recipe=norm_bias: no LoRA"] == estimate(other)["train"]["0"]["peak"]

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from estimates import BOTH, NORM_BIAS, RECIPES, Live, batch, tiny
+from torch.utils._pytree import tree_leaves
 
 from accessory.estimate import (
     Step,
+    attention_fits,
     estimate_training,
     graphs_fit,
     host_bytes,
@@ -18,7 +20,7 @@ from accessory.estimate import (
     training,
 )
 from accessory.estimate.shapes import Shape
-from accessory.fused.model import fuse_blocks
+from accessory.fused.model import fuse_blocks, keep_attention
 from accessory.models.loss import GPU_CHUNK
 from accessory.module import batch_loss
 from accessory.quantization import QuantLinear
@@ -45,17 +47,21 @@ def kept_by_block(model, rows: int, width: int) -> int:
         y = model.model.layers[0](x, (cos.unsqueeze(1), sin.unsqueeze(1)))
     if model.model.fused:  # keeps by itself, behind the view that gives rows back
         ((node, _),) = y.grad_fn.next_functions
-        saved |= {t.untyped_storage().data_ptr(): t for t in node.kept if t is not None}
+        saved |= {t.untyped_storage().data_ptr(): t for t in tree_leaves(node.kept) if t is not None}
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), cos, sin)}
     return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in known)
 
 
+@pytest.mark.parametrize("keeps_attention", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_a_fused_block_keeps_what_is_said(recipe, dtype):
-    model = tiny(recipe, dtype=dtype, num_hidden_layers=1)
-    expected = training._fused(Shape.of(model, dtype), 2 * 96).kept
+def test_a_fused_block_keeps_what_is_said(recipe, dtype, keeps_attention):
+    # As many heads of k and v as of q: a CPU repeats them where a GPU's kernel does not.
+    model = tiny(recipe, dtype=dtype, num_hidden_layers=1, num_key_value_heads=4)
+    expected = training._fused(Shape.of(model, dtype), 2 * 96, keeps_attention).kept
     fuse_blocks(model)
+    if keeps_attention:
+        keep_attention(model)
     assert kept_by_block(model, 2, 96) == expected
 
 
@@ -88,19 +94,23 @@ class Lean:
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 4000])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_a_fused_blocks_forward_takes_no_more_than_its_backward_is_said_to(recomputed, tokens, monkeypatch):
+@pytest.mark.parametrize(("recomputed", "keeps_attention"), [(False, False), (False, True), (True, False)])
+def test_a_fused_blocks_forward_takes_no_more_than_its_backward_is_said_to(
+    recomputed, keeps_attention, tokens, monkeypatch
+):
     # As a GPU's kernels do it: nothing but the weight is made.
     monkeypatch.setattr(QuantLinear, "dequantize_into", lambda layer, out, lora=None: out.fill_(0.01))
     monkeypatch.setattr(NF4, "dequantize", lambda self, payload, shape, dtype: torch.full(shape, 0.01, dtype=dtype))
     monkeypatch.setattr("accessory.fused.block.pointwise", Lean)
     model = tiny(NORM_BIAS, num_hidden_layers=1, num_key_value_heads=4)
     fuse_blocks(model)
+    if keeps_attention:
+        keep_attention(model)
     x = torch.zeros(1, tokens, 256, dtype=torch.bfloat16, requires_grad=True)
     rope = [t.unsqueeze(1) for t in model.model.rotary_emb(x, torch.arange(tokens)[None])]
     with Live([*model.parameters(), *model.buffers(), x, *rope]) as live:
         model.model.layers[0](x, rope, recompute=recomputed)
-    said = training._fused(Shape.of(model, torch.bfloat16), tokens)
+    said = training._fused(Shape.of(model, torch.bfloat16), tokens, keeps_attention)
     assert live.peak <= (said.again if recomputed else said.kept - x.nbytes + said.passing)
 
 
@@ -177,6 +187,21 @@ def test_host_memory_holds_inputs_and_the_residuals_of_what_is_not_recomputed():
     saved = estimate_training(model, step, 0).parts["activations"]
     saved -= estimate_training(model, replace(step, offloaded=True), 0).parts["activations"]
     assert saved == (6 - 3) * 2 * 8 * 512 * d  # three stay: in use, leaving, arriving
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_attention_is_kept_with_the_memory_that_all_else_leaves(captured):
+    model = tiny(loaded=False)
+    step = Step(8, 512, captured=captured)
+    d, heads = model.config.hidden_size, model.config.num_attention_heads
+    kept = estimate_training(model, replace(step, keeps_attention=True), 0)
+    more = kept.parts["activations"] - estimate_training(model, step, 0).parts["activations"]
+    assert more == 3 * 8 * 512 * (2 * d + 4 * heads)  # outputs in bf16, and their logsumexp in fp32, of three blocks
+    beside = kept.parts["activations"] + max(kept.parts["loss"], kept.parts["backward"]) if captured else 0
+    assert attention_fits(model, step, 0, kept.peak + beside)
+    assert not attention_fits(model, step, 0, kept.peak + beside - 1)
+    assert not attention_fits(model, step, 1, 10 * kept.peak)
+    assert not attention_fits(model, replace(step, fused=False), 0, 10 * kept.peak)
 
 
 def test_graphs_fit_where_a_step_has_room_beside_the_captured_one():

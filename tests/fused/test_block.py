@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.fused.block import FusedBlock
-from accessory.fused.model import fuse_blocks, keep_on_host, why_not_fused
+from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
 from accessory.models import build_model, config_from_params
 from accessory.models.llama import Llama, Segments
 from accessory.quantization import QuantLinear, quantize
@@ -55,8 +55,10 @@ def test_hidden_states_and_gradients_are_autograds_through_the_plain_blocks(meth
     hidden, gradients = run(tiny_model(method, torch.float32, recipe), mask)
     model = tiny_model(method, torch.float32, recipe)
     fuse_blocks(model)
-    for recomputed in (0, 2, 3):
+    for recomputed, keeps_attention in ((0, False), (2, False), (3, False), (0, True), (2, True)):
         model.model.recomputed = recomputed
+        if keeps_attention:
+            keep_attention(model)
         found_hidden, found = run(model, mask)
         assert distance(found_hidden, hidden) < 1e-6
         assert found.keys() == gradients.keys()
@@ -118,13 +120,33 @@ def test_a_block_keeps_its_input_qkv_residual_and_gate_up_and_a_recomputed_one_i
         assert node.saved_tensors == ()
 
 
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
+def test_attention_is_computed_once_where_its_output_is_kept_and_twice_elsewhere(recomputed, monkeypatch):
+    seen = []
+    attend = FusedBlock.attend
+    monkeypatch.setattr(FusedBlock, "attend", lambda *args, **more: seen.append(1) or attend(*args, **more))
+    model = tiny_model("nf4", torch.float32, NORM_BIAS)
+    fuse_blocks(model)
+    model.model.recomputed = recomputed
+    run(model)
+    assert len(seen) == 6
+    keep_attention(model)
+    run(model)
+    assert len(seen) == 6 + 3 + recomputed
+    with torch.no_grad():
+        model.hidden_states(IDS)
+    assert len(seen) == 6 + 3 + recomputed + 3
+
+
 def test_inputs_that_lie_in_host_memory_come_back_to_their_blocks():
     hidden, gradients = run(tiny_model("nf4", torch.float32, WITH_LORA))
     model = tiny_model("nf4", torch.float32, WITH_LORA)
     fuse_blocks(model)
     keep_on_host(model, IDS.numel())
-    for recomputed in (0, 2, 3):
+    for recomputed, keeps_attention in ((0, False), (2, False), (3, False), (0, True), (2, True)):
         model.model.recomputed = recomputed
+        if keeps_attention:
+            keep_attention(model)
         for _ in range(2):
             found_hidden, found = run(model)
             assert distance(found_hidden, hidden) < 1e-6
