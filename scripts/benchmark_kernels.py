@@ -51,10 +51,10 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     weight, gate_up, dh = random(d, dtype=torch.float32), random(tokens, 2 * f), random(tokens, f)
     turned = heads + kv_heads
     arguments = {
-        "norm_backward": ((dy, x, rstd, weight, residual), 4 * x.nbytes),
+        "norm_backward": ((dy, x, rstd, weight, residual, True), 4 * x.nbytes),
         "rotate_": ((qkv, *rope, turned), 2 * qkv.nbytes * turned // qkv.shape[1]),
-        "rotate_back_": ((qkv, *gradients, *rope), 2 * qkv.nbytes),
-        "swiglu_backward_": ((gate_up, dh), 2 * gate_up.nbytes + dh.nbytes),
+        "rotate_back_": ((qkv, *gradients, *rope, True), 2 * qkv.nbytes),
+        "swiglu_backward_": ((gate_up, dh, True), 2 * gate_up.nbytes + dh.nbytes),
     }
     for name, (given, moved) in arguments.items():
         function = getattr(pointwise, name)

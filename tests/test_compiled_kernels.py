@@ -126,11 +126,13 @@ def test_the_comparison_of_the_ptx_with_the_table(compiled):
 
 def test_the_fused_blocks_kernels(compiled):
     x, wide = torch.zeros(4, 64, dtype=BF16), torch.zeros(4, 1)
-    kernels_cuda.norm_backward(x, x, wide, torch.zeros(64), x)
-    kernels_cuda.swiglu_backward_(x.repeat(1, 2), x)
     kernels_cuda.rotate_(x.view(4, 4, 16).clone(), x[:, :16].contiguous(), x[:, :16].contiguous(), 2)
     heads = [torch.zeros(1, count, 4, 16, dtype=BF16) for count in (2, 1, 1)]
-    kernels_cuda.rotate_back_(x.view(4, 4, 16).clone(), *heads, x[:, :16].contiguous(), x[:, :16].contiguous())
+    angle = x[:, :16].contiguous()
+    for summed in (False, True):
+        kernels_cuda.norm_backward(x, x, wide, torch.zeros(64), x, summed)
+        kernels_cuda.swiglu_backward_(x.repeat(1, 2), x, summed)
+        kernels_cuda.rotate_back_(x.view(4, 4, 16).clone(), *heads, angle, angle, summed)
     assert {"_norm_backward", "_swiglu_backward", "_rotate", "_rotate_back"} == set(compiled)
 
 

@@ -210,11 +210,11 @@ def test_pointwise_kernels_are_the_plain_functions():
         (pointwise.norm, (x, weight, 1e-5)),
         (pointwise.add_norm, (x, residual, weight, 1e-5)),
         (pointwise.norm_again, (x, torch.rand(40, 1), weight)),
-        (pointwise.norm_backward, (dy, x, torch.rand(40, 1), weight, residual)),
+        (pointwise.norm_backward, (dy, x, torch.rand(40, 1), weight, residual, True)),
         (pointwise.rotate_, (qkv, cos, sin, 6)),
-        (pointwise.rotate_back_, (torch.empty(40, 8, 64), *heads, cos, sin)),
+        (pointwise.rotate_back_, (torch.empty(40, 8, 64), *heads, cos, sin, True)),
         (pointwise.swiglu, (gate_up,)),
-        (pointwise.swiglu_backward_, (gate_up, dh)),
+        (pointwise.swiglu_backward_, (gate_up, dh, True)),
     ]
     for function, arguments in calls:
         on_gpu = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]

@@ -16,6 +16,7 @@ from accessory.models.llama import Llama
 from accessory.models.loss import GPU_CHUNK
 
 STREAMS = {False: 1, True: 2}  # that multiply: the usual one; where a CUDA graph is captured, the capture's too
+ROWS = 32  # tokens that a program of accessory.fused.kernels_cuda sums up
 ON_DEVICE = 3  # of the tensors that lie in host memory: the one in use, one that leaves, one that arrives
 
 
@@ -171,6 +172,7 @@ def _fused(s: Shape, m: int, keeps_attention: bool = False) -> Block:
         flash = s.q * wide + (2 * s.q if s.kv < s.q else 0)  # dq in fp32; grouped heads' dk and dv before their sum
         passing = (
             (made + dy + s.f, "down"),  # h (LoRA's), then dh, in whose place the gradient of gate and up is written
+            (made + dy + s.f + gate_up * wide / ROWS, None),  # and its sums, for the biases
             (made + dy + normed, "gate_up"),
             (attended + dy + d_middle + s.q, "out"),
             (attended + dy + d_middle + s.q + qkv + flash, None),  # attention's backward

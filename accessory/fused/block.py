@@ -108,29 +108,32 @@ class FusedBlock:
         h = pointwise.swiglu(gate_up) if self.down.ranks else None
         down, u = self.down.gradients(dy, h, self.down.project(h) if self.down.ranks and t_down is None else t_down)
         del h
-        d_gate_up = pointwise.swiglu_backward_(gate_up, self.down.input_gradient(dy, u))
+        d_gate_up, sums = pointwise.swiglu_backward_(gate_up, self.down.input_gradient(dy, u), self.gate_up.trains_bias)
         del gate_up
         middle = self.fetch(residual)
         normed = pointwise.norm_again(middle, rstd_2, second.weight) if self.gate_up.ranks else None
-        of_gate_up, u = self.gate_up.gradients(d_gate_up, normed, t_gate_up)
+        of_gate_up, u = self.gate_up.gradients(d_gate_up, normed, t_gate_up, sums)
         del normed
         d_normed = self.gate_up.input_gradient(d_gate_up, u)
         del d_gate_up
-        d_middle, d_second = pointwise.norm_backward(d_normed, middle, rstd_2, second.weight, dy)
+        d_middle, d_second, sums = pointwise.norm_backward(
+            d_normed, middle, rstd_2, second.weight, dy, self.out.trains_bias
+        )
         del d_normed, middle
 
         ((heard, *leaves),) = heard or [self.attend(qkv, rows, mask, for_backward=True)]
-        of_out, u = self.out.gradients(d_middle, heard.detach(), t_out)
+        of_out, u = self.out.gradients(d_middle, heard.detach(), t_out, sums)
         d_heads = torch.autograd.grad(heard, leaves, self.out.input_gradient(d_middle, u))
         del heard, leaves
-        d_qkv = pointwise.rotate_back_(qkv, *d_heads, *rope).flatten(1)
+        d_qkv, sums = pointwise.rotate_back_(qkv, *d_heads, *rope, self.qkv.trains_bias)
+        d_qkv = d_qkv.flatten(1)
         del qkv, d_heads
         x = self.fetch(x)
         normed = pointwise.norm_again(x, rstd_1, first.weight) if self.qkv.ranks else None
-        of_qkv, u = self.qkv.gradients(d_qkv, normed, t_qkv)
+        of_qkv, u = self.qkv.gradients(d_qkv, normed, t_qkv, sums)
         del normed
         d_normed = self.qkv.input_gradient(d_qkv, u)
-        dx, d_first = pointwise.norm_backward(d_normed, x, rstd_1, first.weight, d_middle)
+        dx, d_first, _ = pointwise.norm_backward(d_normed, x, rstd_1, first.weight, d_middle)
         return dx, [d_first, d_second, *of_qkv, *of_out, *of_gate_up, *down]
 
     def fetch(self, kept: Kept) -> Tensor:
@@ -158,7 +161,7 @@ class FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         x, rstd, weight = ctx.saved_tensors
         flat = dy.contiguous().flatten(0, -2)
-        dx, d_weight = pointwise.norm_backward(flat, x.flatten(0, -2), rstd, weight, torch.zeros_like(flat))
+        dx, d_weight, _ = pointwise.norm_backward(flat, x.flatten(0, -2), rstd, weight, torch.zeros_like(flat))
         return dx.view_as(x), d_weight if ctx.needs_input_grad[1] else None, None
 
 

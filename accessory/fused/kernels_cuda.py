@@ -7,10 +7,14 @@ SwiGLU's gradient 7.0 and 12.3, the norms' 5.7 and 8.8, rotary embedding 2.3 and
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+ROWS = 32  # tokens that a program sums up; what the programs of a column found is summed up behind it
 
 
 @triton.jit
@@ -40,8 +44,8 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
 
 @triton.jit
 def _rotate_back(
-    d, cos, sin, out, token_stride, head_stride, out_stride, tokens, length, batch_stride, half,
-    rotated: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
+    d, cos, sin, out, sums, token_stride, head_stride, out_stride, tokens, length, batch_stride, half,
+    rotated: tl.constexpr, summed: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
     column = tl.arange(0, block)[None, :]
@@ -55,60 +59,78 @@ def _rotate_back(
         c = tl.load(cos + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
         s = tl.load(sin + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
         a, b = first.to(tl.float32), second.to(tl.float32)
-        first = (a * c + b * s).to(out.dtype.element_ty)
-        second = (b * c - a * s).to(out.dtype.element_ty)
-    tl.store(to, first, mask=exists)
-    tl.store(to + half, second, mask=exists)
+        first, second = a * c + b * s, b * c - a * s
+    tl.store(to, first.to(out.dtype.element_ty), mask=exists)
+    tl.store(to + half, second.to(out.dtype.element_ty), mask=exists)
+    if summed:
+        part = sums + tl.program_id(0).to(tl.int64) * out_stride + head * 2 * half + column
+        tl.store(part, tl.sum(first.to(tl.float32), 0, keep_dims=True), mask=column < half)
+        tl.store(part + half, tl.sum(second.to(tl.float32), 0, keep_dims=True), mask=column < half)
 
 
-def rotate_back_(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_back_(
+    qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, summed: bool = False
+) -> tuple[Tensor, Optional[Tensor]]:
     """As pointwise.rotate_back_. dq, dk, dv: [b, heads, s, e] with any strides; qkv: contiguous."""
     b, _, s, size = dq.shape
-    heads, out = [d.shape[1] for d in (dq, dk, dv)], qkv
-    tile, first = 16, 0
+    heads, first = [d.shape[1] for d in (dq, dk, dv)], 0
+    programs = triton.cdiv(b * s, ROWS)
+    sums = dq.new_empty(programs, *qkv.shape[1:], dtype=torch.float32) if summed else qkv
     with torch.cuda.device_of(dq):
         for d, count in zip((dq, dk, dv), heads, strict=True):
             d = d if d.stride(3) == 1 else d.contiguous()
-            _rotate_back[(triton.cdiv(b * s, tile), count)](
-                d, cos, sin, out[:, first:], d.stride(2), d.stride(1), out.stride(0), b * s, s, d.stride(0),
-                size // 2, first < sum(heads[:2]), triton.next_power_of_2(size // 2), tile,
+            _rotate_back[(programs, count)](
+                d, cos, sin, qkv[:, first:], sums[:, first:], d.stride(2), d.stride(1), qkv.stride(0), b * s, s,
+                d.stride(0), size // 2, first < sum(heads[:2]), summed, triton.next_power_of_2(size // 2), ROWS,
             )  # fmt: skip
             first += count
-    return out
+    return qkv, sums.flatten(1).sum(0) if summed else None
 
 
 @triton.jit
-def _swiglu_backward(gate_up, dh, width, tile: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * tile + tl.arange(0, tile)
-    exists = column < width
+def _swiglu_backward(
+    gate_up, dh, sums, rows, width, tiles, summed: tl.constexpr, height: tl.constexpr, tile: tl.constexpr
+):  # fmt: skip
+    program = (tl.program_id(0) // tiles).to(tl.int64)  # of those that share columns; neighbours share rows
+    row = program * height + tl.arange(0, height)[:, None]
+    column = (tl.program_id(0) % tiles) * tile + tl.arange(0, tile)[None, :]
+    exists = (row < rows) & (column < width)
     place = gate_up + row * 2 * width + column
     gate = tl.load(place, mask=exists, other=0.0).to(tl.float32)
     up = tl.load(place + width, mask=exists, other=0.0).to(tl.float32)
     d = tl.load(dh + row * width + column, mask=exists, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     silu = gate * share
-    tl.store(place, (d * up * (share + silu * (1 - share))).to(gate_up.dtype.element_ty), mask=exists)
-    tl.store(place + width, (d * silu).to(gate_up.dtype.element_ty), mask=exists)
+    d_gate, d_up = d * up * (share + silu * (1 - share)), d * silu
+    tl.store(place, d_gate.to(gate_up.dtype.element_ty), mask=exists)
+    tl.store(place + width, d_up.to(gate_up.dtype.element_ty), mask=exists)
+    if summed:
+        part = sums + program * 2 * width + column
+        tl.store(part, tl.sum(d_gate, 0, keep_dims=True), mask=column < width)
+        tl.store(part + width, tl.sum(d_up, 0, keep_dims=True), mask=column < width)
 
 
-def swiglu_backward_(gate_up: Tensor, dh: Tensor) -> Tensor:
-    """gate_up: [m, 2f], dh: [m, f], contiguous. Writes the gradient of gate_up over it."""
+def swiglu_backward_(gate_up: Tensor, dh: Tensor, summed: bool = False) -> tuple[Tensor, Optional[Tensor]]:
+    """As pointwise.swiglu_backward_; gate_up: [m, 2f], dh: [m, f], contiguous."""
     rows, width = dh.shape
-    tile = 1024
+    tile = 128
+    programs, tiles = triton.cdiv(rows, ROWS), triton.cdiv(width, tile)
+    sums = dh.new_empty(programs, 2 * width, dtype=torch.float32) if summed else dh
     with torch.cuda.device_of(dh):
-        _swiglu_backward[(rows, triton.cdiv(width, tile))](gate_up, dh, width, tile)
-    return gate_up
+        _swiglu_backward[(programs * tiles,)](gate_up, dh, sums, rows, width, tiles, summed, ROWS, tile)
+    return gate_up, sums.sum(0) if summed else None
 
 
 @triton.jit
 def _norm_backward(
-    dy, x, rstd, weight, residual, dx, d_weight, rows, size, per_program, block: tl.constexpr
+    dy, x, rstd, weight, residual, dx, d_weight, sums, rows, size, per_program, summed: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, block)
     exists = column < size
     w = tl.load(weight + column, mask=exists, other=0.0).to(tl.float32)
     total = tl.zeros((block,), tl.float32)
+    sum_of_dx = tl.zeros((block,), tl.float32)
     first = tl.program_id(0).to(tl.int64) * per_program
     for row in range(first, min(first + per_program, rows)):
         place = row * size + column
@@ -121,30 +143,39 @@ def _norm_backward(
         mean = tl.sum(d * normed) / size
         d = scale * (d - normed * mean) + tl.load(residual + place, mask=exists, other=0.0).to(tl.float32)
         tl.store(dx + place, d.to(dx.dtype.element_ty), mask=exists)
+        if summed:
+            sum_of_dx += d
     tl.store(d_weight + tl.program_id(0) * size + column, total, mask=exists)
+    if summed:
+        tl.store(sums + tl.program_id(0) * size + column, sum_of_dx, mask=exists)
 
 
-def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """As pointwise.norm_backward, of contiguous tensors. Each program sums the weight's gradient over rows of its own:
-    what is summed in which order does not change from run to run."""
+def norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor, summed: bool = False
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """As pointwise.norm_backward, of contiguous tensors. Each program sums over rows of its own, here as above: what is
+    summed in which order does not change from run to run."""
     rows, size = x.shape
     programs = min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8)
     per_program = triton.cdiv(rows, programs)
     dx = torch.empty_like(x)
-    sums = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+    sums = torch.empty(2 if summed else 1, programs, size, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
     with torch.cuda.device_of(x):
         _norm_backward[(programs,)](
-            dy, x, rstd, weight, residual, dx, sums, rows, size, per_program, block, num_warps=16 if block > 4096 else 8
-        )
-    return dx, sums.sum(0)
+            dy, x, rstd, weight, residual, dx, sums[0], sums[-1], rows, size, per_program, summed, block,
+            num_warps=16 if block > 4096 else 8,
+        )  # fmt: skip
+    d_weight, *sum_of_dx = sums.sum(1)
+    return dx, d_weight, sum_of_dx[0] if summed else None
 
 
 def try_out() -> None:
     """Each kernel once, on the smallest input (accessory.kernels)."""
     x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
     one = torch.ones(1, 1, device="cuda")
-    norm_backward(x, x, one, torch.ones(16, device="cuda"), x)
-    swiglu_backward_(x.repeat(1, 2), x)
     rotate_(x.view(1, 1, 16).clone(), x, x, 1)
-    rotate_back_(x.new_empty(1, 3, 16), *(x.view(1, 1, 1, 16) for _ in range(3)), x, x)
+    for summed in (False, True):
+        norm_backward(x, x, one, torch.ones(16, device="cuda"), x, summed)
+        swiglu_backward_(x.repeat(1, 2), x, summed)
+        rotate_back_(x.new_empty(1, 3, 16), *(x.view(1, 1, 1, 16) for _ in range(3)), x, x, summed)

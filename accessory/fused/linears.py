@@ -70,6 +70,10 @@ class Group:
         found = [p for part in self.parts for p in (part.layer.bias, part.a, part.b)]
         return [p for p in found if p is not None]
 
+    @property
+    def trains_bias(self) -> bool:
+        return any(part.layer.bias is not None and part.layer.bias.requires_grad for part in self.parts)
+
     def copies(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
         """Make the 16-bit copies: (copy, master, factor) of each."""
         pairs = []
@@ -141,12 +145,12 @@ class Group:
         return dx if folded or u is None else dx.addmm_(u, self._a)
 
     def gradients(
-        self, dy: Tensor, x: Optional[Tensor], t: Optional[Tensor]
+        self, dy: Tensor, x: Optional[Tensor], t: Optional[Tensor], d_bias: Optional[Tensor] = None
     ) -> tuple[list[Optional[Tensor]], Optional[Tensor]]:
-        """dy: [m, out of all]; x and t as in forward, None without LoRA -> the gradients of `trainables` in fp32, and
-        u = dy (s B), [m, ranks of all]."""
-        d_bias = d_a = u = None
-        if any(part.layer.bias is not None and part.layer.bias.requires_grad for part in self.parts):
+        """dy: [m, out of all]; x and t as in forward, None without LoRA; d_bias: dy's sum over the tokens, where it is
+        known -> the gradients of `trainables` in fp32, and u = dy (s B), [m, ranks of all]."""
+        d_a = u = None
+        if d_bias is None and self.trains_bias:
             d_bias = wide_mm(dy.new_ones(8, len(dy)), dy)[0]  # a sum over the tokens, at a matmul's speed
         if self.ranks:
             u = dy.new_empty(len(dy), self.ranks)

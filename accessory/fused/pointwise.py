@@ -3,13 +3,14 @@
 On a CPU they run as they stand here. On a GPU torch.compile makes a kernel of each, or, where its kernel was measurably
 slower or took more memory, Triton does (`kernels_cuda`). Shapes: m tokens, d hidden size, f the MLP's width, n heads of
 size e. Statistics and gradients of weights are fp32, everything else has the activations' dtype; within a function
-nothing is rounded before its end.
+nothing is rounded before its end. Those of backward can also say what their result sums to over the tokens (`summed`),
+which is the gradient of the bias it was added to: read on the way, it costs next to nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -67,13 +68,16 @@ def norm_again(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
 
 @kernel_on_gpu
-def norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, [m, d], and of the weight, fp32 [d]. residual: the gradient that passes beside the norm, which is
-    added to x's."""
+def norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor, summed: bool = False
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Gradients of x, [m, d], and of the weight, fp32 [d]; x's sum over the tokens, fp32 [d]. residual: the gradient
+    that passes beside the norm, which is added to x's."""
     dy, normed = wide_type(dy), wide_type(x) * rstd
     scaled = dy * weight
     dx = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-    return (wide_type(residual) + dx).to(x.dtype), (dy * normed).sum(0)
+    dx = wide_type(residual) + dx
+    return dx.to(x.dtype), (dy * normed).sum(0), dx.sum(0) if summed else None
 
 
 @kernel_on_gpu
@@ -88,16 +92,19 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
 
 
 @kernel_on_gpu
-def rotate_back_(qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_back_(
+    qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, summed: bool = False
+) -> tuple[Tensor, Optional[Tensor]]:
     """Gradients of the rotated q and k and of v, [b, heads, s, e] each -> of what was rotated, written over qkv,
-    [b * s, n, e]: a rotation's transpose turns back."""
-    dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
+    [b * s, n, e]: a rotation's transpose turns back; and its sum over the tokens, fp32 [n * e]."""
+    dq, dk, dv = (wide_type(d.transpose(1, 2).flatten(0, 1)) for d in (dq, dk, dv))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = []
     for gradient in (dq, dk):
         first, second = (gradient * sin).chunk(2, dim=-1)
         turned.append(gradient * cos + torch.cat((second, -first), -1))
-    return qkv.copy_(torch.cat((*turned, dv), 1))
+    d_qkv = torch.cat((*turned, dv), 1)
+    return qkv.copy_(d_qkv), d_qkv.flatten(1).sum(0) if summed else None
 
 
 @compiled_on_gpu
@@ -108,12 +115,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @kernel_on_gpu
-def swiglu_backward_(gate_up: Tensor, dh: Tensor) -> Tensor:
-    """dh: [m, f]. Writes the gradient of gate_up, [m, 2f], over it."""
+def swiglu_backward_(gate_up: Tensor, dh: Tensor, summed: bool = False) -> tuple[Tensor, Optional[Tensor]]:
+    """dh: [m, f]. Writes the gradient of gate_up, [m, 2f], over it; and its sum over the tokens, fp32 [2f]."""
     gate, up = (wide_type(half) for half in gate_up.chunk(2, dim=-1))
     dh, share = wide_type(dh), torch.sigmoid(gate)
     silu = gate * share
-    return gate_up.copy_(torch.cat((dh * up * (share + silu * (1 - share)), dh * silu), -1))
+    d_gate_up = torch.cat((dh * up * (share + silu * (1 - share)), dh * silu), -1)
+    return gate_up.copy_(d_gate_up), d_gate_up.sum(0) if summed else None
 
 
 def wide_type(x: Tensor) -> Tensor:

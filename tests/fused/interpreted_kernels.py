@@ -48,33 +48,51 @@ def test_heads_turn_in_place_and_others_stay(size, dtype):
     assert torch.equal(found[:, 5:], qkv[:, 5:])
 
 
+def assert_sums(found, expected, summed: bool) -> None:
+    """In fp32 from what is not rounded yet, whatever the dtype."""
+    assert (found is not None) == (expected is not None) == summed
+    if summed:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @every_dtype
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("length", [7, 15])
 @pytest.mark.parametrize("size", [16, 20])
-def test_gradients_turn_back_from_any_strides(size, dtype):
-    heads = [torch.randn(3, 7, h, size, dtype=dtype).transpose(1, 2) for h in (4, 2, 2)]
-    cos, sin = angles(21, size, dtype)
-    out = torch.full((21, 8, size), torch.nan, dtype=dtype)
-    expected = pointwise.rotate_back_(out.clone(), *heads, cos, sin)
-    torch.testing.assert_close(kernels_cuda.rotate_back_(out, *heads, cos, sin), expected, **TOLERANCE[dtype])
+def test_gradients_turn_back_from_any_strides(size, length, summed, dtype):
+    tokens = 3 * length
+    heads = [torch.randn(3, length, h, size, dtype=dtype).transpose(1, 2) for h in (4, 2, 2)]
+    cos, sin = angles(tokens, size, dtype)
+    out = torch.full((tokens, 8, size), torch.nan, dtype=dtype)
+    expected, sums = pointwise.rotate_back_(out.clone(), *heads, cos, sin, summed)
+    found, found_sums = kernels_cuda.rotate_back_(out, *heads, cos, sin, summed)
+    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+    assert_sums(found_sums, sums, summed)
 
 
 @every_dtype
-def test_swiglus_gradient_is_written_over_its_input(dtype):
-    gate_up, dh = torch.randn(9, 2 * 1100, dtype=dtype), torch.randn(9, 1100, dtype=dtype)
-    expected = pointwise.swiglu_backward_(gate_up.clone(), dh)
-    assert kernels_cuda.swiglu_backward_(gate_up, dh) is gate_up
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("rows", [9, 70])
+def test_swiglus_gradient_is_written_over_its_input(rows, summed, dtype):
+    gate_up, dh = torch.randn(rows, 2 * 300, dtype=dtype), torch.randn(rows, 300, dtype=dtype)
+    expected, sums = pointwise.swiglu_backward_(gate_up.clone(), dh, summed)
+    found, found_sums = kernels_cuda.swiglu_backward_(gate_up, dh, summed)
+    assert found is gate_up
     torch.testing.assert_close(gate_up, expected, **TOLERANCE[dtype])
+    assert_sums(found_sums, sums, summed)
 
 
 @every_dtype
+@pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("rows", [1, 21])
-def test_gradients_of_a_norm(rows, dtype):
+def test_gradients_of_a_norm(rows, summed, dtype):
     x, dy, residual = (torch.randn(rows, 48, dtype=dtype) for _ in range(3))
     weight, rstd = torch.randn(48), torch.rand(rows, 1) + 0.5
-    expected = pointwise.norm_backward(dy, x, rstd, weight, residual)
-    found = kernels_cuda.norm_backward(dy, x, rstd, weight, residual)
+    expected = pointwise.norm_backward(dy, x, rstd, weight, residual, summed)
+    found = kernels_cuda.norm_backward(dy, x, rstd, weight, residual, summed)
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert_sums(found[2], expected[2], summed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
