@@ -32,6 +32,7 @@ from benchmark_driver import measure_all
 from benchmark_lengths import DEFAULT as LENGTHS
 from benchmark_machine import describe
 
+WHICH = {"no": [False], "yes": [True], "both": [False, True]}
 TASKS = {"train": ["train"], "generate": ["generate"], "both": ["train", "generate"], "lengths": ["lengths"]}
 
 
@@ -87,12 +88,13 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         cases = [
             complete({"task": task, "model": model, "recipe": recipe, "base": base, "images": images, "batch": batch,
                       "length": options.length, "checkpointing": checkpointing, "compile": compiled,
-                      "offload": checkpointing or (options.offload and compiled)},
+                      "offload": checkpointing or (options.offload and compiled),
+                      "keep_attention": kept},
                      options.systems, options.steps, options.warmup)
             for model in options.models or ["tiny"] for recipe in options.recipes or ["norm_bias", "norm_bias_lora"]
             for base in options.bases or ["nf4"] for images in options.images for task in TASKS[options.task]
             for batch in options.batches
-            for checkpointing in {"no": [False], "yes": [True], "both": [False, True]}[options.checkpointing]
+            for checkpointing in WHICH[options.checkpointing] for kept in ([False] if checkpointing else WHICH[options.keep_attention])
         ]  # fmt: skip
     for case in cases:
         case |= {"lengths": str(options.lengths.resolve())} if case["task"] == "lengths" else {}
@@ -112,6 +114,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lengths", type=Path, default=LENGTHS, help="for --task lengths: see benchmark_lengths.py")
     parser.add_argument("--checkpointing", choices=["no", "yes", "both"], default="no")
+    parser.add_argument(
+        "--keep_attention", choices=["no", "yes", "both"], default="yes",
+        help="fast.keep_attention, without checkpointing (ours alone, if no)",
+    )  # fmt: skip
     parser.add_argument("--offload", action="store_true", help="fast.offload, without checkpointing too (ours alone)")
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--warmup", type=int, default=5)

@@ -70,7 +70,7 @@ def can_do(system: str, case: Case) -> bool:
     """What a peer does not offer is no failure of it: litgpt and unsloth train LoRA alone, and none of them images."""
     if system == "ours":
         return True
-    if case.get("offload") and not case["checkpointing"]:
+    if not case["checkpointing"] and (case.get("offload") or not case.get("keep_attention", True)):
         return False
     if case["base"] != "nf4" or case["images"] is not None:
         return False

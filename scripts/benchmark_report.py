@@ -60,9 +60,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def _ckpt(row: dict[str, Any]) -> str:
-    if row["checkpointing"] or not row.get("offload"):
-        return "yes" if row["checkpointing"] else "no"
-    return "host" if row.get("keep_attention") else "min"
+    if row["checkpointing"]:
+        return "yes"
+    again = _attends_again(row)
+    return ("min" if again else "host") if row.get("offload") else "attn" if again else "no"
+
+
+def _attends_again(row: dict[str, Any]) -> bool:
+    return not row["checkpointing"] and row.get("keep_attention") is False
 
 
 def _times(row: dict[str, Any]) -> str:
@@ -192,8 +197,8 @@ def _name(row: dict[str, Any]) -> str:
 
 def _shape(row: dict[str, Any]) -> str:
     images = f", images {row['images']}" if row["images"] else ""
-    away = ", offload" + ("" if row.get("keep_attention") else ", attention recomputed") if row.get("offload") else ""
-    checkpointing = ", checkpointing" if row["checkpointing"] else away
+    checkpointing = ", checkpointing" if row["checkpointing"] else ", offload" if row.get("offload") else ""
+    checkpointing += ", attention recomputed" if _attends_again(row) else ""
     rows = f"{row['batch']} items" if row["task"] == "lengths" else f"{row['batch']} x {row['length']}"
     rows += f" + {row['new_tokens']}" if row["task"] == "generate" else ""
     return f"{row['model'].upper()} {BASES[row['base']]} `{row['recipe']}`, {rows}{checkpointing}{images}"
