@@ -88,13 +88,13 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         cases = [
             complete({"task": task, "model": model, "recipe": recipe, "base": base, "images": images, "batch": batch,
                       "length": options.length, "checkpointing": checkpointing, "compile": compiled,
-                      "offload": checkpointing or (options.offload and compiled),
-                      "keep_attention": kept},
+                      "offload": checkpointing or (options.offload and compiled), "keep_attention": kept},
                      options.systems, options.steps, options.warmup)
             for model in options.models or ["tiny"] for recipe in options.recipes or ["norm_bias", "norm_bias_lora"]
             for base in options.bases or ["nf4"] for images in options.images for task in TASKS[options.task]
             for batch in options.batches
-            for checkpointing in WHICH[options.checkpointing] for kept in ([False] if checkpointing else WHICH[options.keep_attention])
+            for checkpointing in WHICH[options.checkpointing]
+            for kept in ([False] if checkpointing else WHICH[options.keep_attention])
         ]  # fmt: skip
     for case in cases:
         case |= {"lengths": str(options.lengths.resolve())} if case["task"] == "lengths" else {}
