@@ -236,8 +236,9 @@ class FastConfig:
     of a step at 512 tokens, several at thousands. Unset: on a GPU where it fits besides all else and no block is
     recomputed; needs `blocks`."""
     padding_free: Optional[bool] = None
-    """Lay the items of a micro-batch behind each other in rows of up to max_words tokens, instead of padding them to
-    the longest: the same update, fewer tokens. data.packing instead fills batch_size whole rows: larger batches."""
+    """Lay the items of a micro-batch behind each other in one row (in rows of up to max_words tokens, where there is no
+    FlashAttention) instead of padding them to the longest: the same update, fewer tokens. data.packing instead fills
+    batch_size whole rows: larger batches."""
 
 
 @dataclass

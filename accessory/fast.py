@@ -13,8 +13,8 @@ import torch
 from accessory.config import Config, DataParallel, FastConfig, Precision
 from accessory.estimate import GIB, Step, attention_fits, graphs_fit, host_bytes, save_memory
 from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
-from accessory.models.llama import Llama
-from accessory.strategies import World
+from accessory.models.llama import Llama, flash_takes
+from accessory.strategies import DTYPES, World
 
 log = logging.getLogger(__name__)
 HOST_ROOM = 0.5  # of the free host memory
@@ -87,6 +87,12 @@ def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
     if not (config.data.packing or "padding_free" in fast.active):
         return "batches that are padded to their longest item have many shapes (fast.padding_free or data.packing)"
     return None
+
+
+def takes_one_row(config: Config, world: World, head_dim: int) -> bool:
+    """Whether attention takes a micro-batch as one long row: FlashAttention does, item by item. Elsewhere a row needs a
+    mask of its size squared, so several short ones are better."""
+    return flash_takes(world.device, DTYPES[config.train.precision], head_dim)
 
 
 def install(fast: Fast, config: Config, model: Llama, world: World) -> None:

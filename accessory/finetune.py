@@ -87,8 +87,10 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)
-    padding_free = "padding_free" in fast.active
-    data = DataModule(config.data, tokenizer, *sizes, config.seed, image_input(sources.vision), padding_free)
+    data = DataModule(
+        config.data, tokenizer, *sizes, config.seed, image_input(sources.vision), "padding_free" in fast.active,
+        fast_parts.takes_one_row(config, world, sources.architecture.head_dim),
+    )  # fmt: skip
     _check_images(config, data)
     _make_writable(output_dir)
     if world.rank == 0:

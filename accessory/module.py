@@ -21,14 +21,14 @@ from accessory.strategies import gather
 from accessory.tuning.recipe import canonical_name, trainable_state
 
 log = logging.getLogger(__name__)
-GRAPH_INPUTS = ("input_ids", "position_ids", "targets", "bounds", "images")
+GRAPH_INPUTS = ("input_ids", "position_ids", "targets", "bounds", "longest", "images")
 
 
 def batch_loss(model: Llama, batch: dict[str, Any], fixed_shape: bool = False) -> Tensor:
     """Summed cross-entropy of a micro-batch's answer tokens, fp32 []. fixed_shape: nothing depends on the data, as a
     CUDA graph needs it."""
     bounds = batch.get("bounds")
-    mask = None if bounds is None else Segments(bounds, batch["input_ids"].shape[1])
+    mask = None if bounds is None else Segments(bounds, batch.get("longest", batch["input_ids"].shape[1]))
     hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], mask, batch.get("images"))
     return summed_cross_entropy(hidden, linear_weight(model.lm_head, hidden.dtype), batch["targets"], fixed_shape)
 

@@ -11,7 +11,7 @@ from test_finetune import RESUMED, assert_same_bits, interrupt, logged, short_da
 import accessory
 from accessory.config import Config, DataParallel, Precision
 from accessory.estimate import estimate_training, host_bytes
-from accessory.fast import Fast, choose, free_host_memory, install, largest_step, make_room
+from accessory.fast import Fast, choose, free_host_memory, install, largest_step, make_room, takes_one_row
 from accessory.finetune import finetune
 from accessory.fused.model import fuse_blocks
 from accessory.strategies import World
@@ -181,10 +181,14 @@ def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(m
     assert not model.model.fused and "forward" not in vars(model.model.layers[0])
 
 
-@pytest.mark.parametrize(("batch_size", "accum_iter", "offload"), [(4, 1, False), (2, 2, True)])
+@pytest.mark.parametrize(
+    ("batch_size", "accum_iter", "offload", "one_row"), [(4, 1, False, False), (2, 2, True, False), (4, 2, False, True)]
+)
 def test_a_run_with_fused_blocks_and_shared_rows_has_the_losses_and_trainables_of_one_without(
-    batch_size, accum_iter, offload, meta_folder, tmp_path
+    batch_size, accum_iter, offload, one_row, meta_folder, tmp_path, monkeypatch
 ):
+    assert not takes_one_row(config(), world("cpu"), 64)
+    monkeypatch.setattr("accessory.fast.takes_one_row", lambda *_: one_row)
     data = short_data(tmp_path / "data")
     sizes = {"train.batch_size": batch_size, "train.accum_iter": accum_iter}
     changes = {"quantization.method": "nf4", "recipe.lora": True, "data.val_fraction": 0.2, **sizes}

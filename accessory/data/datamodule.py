@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from accessory.config import BadImages, DataConfig, ImageTransform
 from accessory.data.dataset import Report, open_dataset
 from accessory.data.images import ImageInput, ImageProblem, deterministic, load_pixels
-from accessory.data.packing import IGNORE, IMAGE_SLOT, WIDTHS, collate, share_rows
+from accessory.data.packing import IGNORE, IMAGE_SLOT, collate, row_width, share_rows
 from accessory.data.plan import BatchPlan, MicroBatch
 from accessory.errors import OwnError, UserError
 from accessory.models.tokenizer import Tokenizer
@@ -89,7 +89,8 @@ class PixelSource:
 
 class TokenDataset(Dataset):
     """MicroBatch -> tensors. width: fixed (packing), or None for the longest row, rounded up to a multiple of 8.
-    padding_free: no row for each item; they share rows of `max_words` tokens, or one shorter row.
+    padding_free: no row for each item; they share rows of `width` tokens, or one that is shorter. Rows of several items
+    come with their `bounds`, and with `longest`: no item, and no padding, has more tokens (default: the width).
 
     pixels: for a model that takes images. A batch that has some then holds images, float32 [n, 3, size, size] in the
     order of their slots, and every batch `unreadable`: what is wrong with those that can no longer be read. They are
@@ -103,9 +104,10 @@ class TokenDataset(Dataset):
         pad_id: int,
         pixels: Optional[PixelSource] = None,
         padding_free: bool = False,
+        longest: Optional[int] = None,
     ):
         self.items, self.width, self.pad_id, self.pixels = items.with_format("numpy"), width, pad_id, pixels
-        self.padding_free = padding_free
+        self.padding_free, self.longest = padding_free, longest or width
 
     def __len__(self) -> int:
         return len(self.items)
@@ -131,6 +133,8 @@ class TokenDataset(Dataset):
             batch["targets"].fill_(IGNORE)
         if not self.padding_free and all(len(row) == 1 for row in rows):
             del batch["bounds"]  # right padding needs no mask: causal attention never looks there
+        else:
+            batch["longest"] = min(self.longest, batch["input_ids"].shape[1])
         slots = int((batch["input_ids"] == IMAGE_SLOT).sum())
         assert slots == (len(seen.get("images", ())) * self.pixels.image.words if self.pixels else 0)
         tokens = 0 if micro.filler else sum(len(ids) for row in rows for ids, _ in row)
@@ -139,7 +143,7 @@ class TokenDataset(Dataset):
     def _width(self, rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> int:
         longest = max(sum(len(ids) for ids, _ in row) for row in rows)
         if self.padding_free and len(rows) == 1:
-            return min(self.width, -(-longest // WIDTHS) * WIDTHS)
+            return row_width(longest, self.width, self.longest)
         return self.width or -(-longest // 8) * 8
 
     def _images(self, drawn: list[int], items: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
@@ -173,9 +177,14 @@ class DataModule(LightningDataModule):
         seed: int,
         images: Optional[ImageInput] = None,
         padding_free: bool = False,
+        one_row: bool = False,
     ):
+        """padding_free: the items of a micro-batch share rows of max_words tokens; one_row: all of them share one."""
         super().__init__()
         self.padding_free = padding_free and not config.packing
+        self._width = config.max_words if config.packing or self.padding_free else None
+        if one_row and self.padding_free:
+            self._width = batch_size * config.max_words
         self.config, self.rank, self.pad_id, self.seed, self.images = config, rank, tokenizer.eos_id, seed, images
         items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer, images)
         self.val_report: Optional[Report] = None
@@ -202,11 +211,10 @@ class DataModule(LightningDataModule):
         return self._loader(self.val_items, self.val_plan, transform) if self.val_plan else []
 
     def _loader(self, items: datasets.Dataset, plan: BatchPlan, transform: ImageTransform) -> PlannedLoader:
-        width = self.config.max_words if self.config.packing or self.padding_free else None
         pixels = _pixels(self.images, transform, self.config, self.seed)
         workers = min(self.config.num_workers, os.cpu_count() or 1)  # more only take turns
         return PlannedLoader(
-            TokenDataset(items, width, self.pad_id, pixels, self.padding_free),
+            TokenDataset(items, self._width, self.pad_id, pixels, self.padding_free, self.config.max_words),
             sampler=_PlanSampler(plan, self.rank),
             batch_size=None,
             num_workers=workers,

@@ -2,7 +2,8 @@
 
 Packing fills rows of `max_words` tokens with whole items (first-fit-decreasing, within shuffled windows). Position ids
 restart with each item and attention stays inside it (`bounds`), so a packed row gives the losses and gradients of its
-items run apart. `share_rows` does the same with the items of one micro-batch, where the batch is to stay what it is.
+items run apart. `share_rows` does the same with the items of one micro-batch, where the batch is to stay what it is;
+a single row is then as wide as it needs to be (`row_width`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 IGNORE = -100
 IMAGE_SLOT = -1  # in input_ids where the model puts a vector of an image (query or tag); no tokenizer has this id
-BOUNDS = 16  # their number is rounded up to a multiple, and
-WIDTHS = 128  # a single row's width too, so that few shapes occur
+BOUNDS = 16  # their number is rounded up to a multiple, so that few shapes occur, as with
+WIDTHS = 128  # a single row's width; with more tokens
+EIGHTHS = 8  # of a power of two are enough
 WINDOW = 2048  # items packed together: large enough to fill rows, small enough to keep the order random
 
 
@@ -58,6 +60,14 @@ def share_rows(items: list[int], lengths: dict[int, int], capacity: int) -> list
     sizes = np.array([lengths[item] for item in items])
     rows = _first_fit(np.argsort(-sizes, kind="stable"), sizes, capacity)
     return [[items[i] for i in row] for row in rows]
+
+
+def row_width(tokens: int, capacity: int, longest: int) -> int:
+    """Width of a single row: tokens, rounded up so that few shapes occur; at most capacity. The padding is never longer
+    than an item may be: attention takes it for one."""
+    power_of_two = 2 ** (tokens.bit_length() - 1)
+    step = min(max(WIDTHS, power_of_two // EIGHTHS), longest)
+    return min(capacity, -(-tokens // step) * step)
 
 
 def collate(

@@ -70,11 +70,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def has_flash(q: Tensor) -> bool:
-    """Whether FlashAttention takes queries like q, [b, h, s, e]: 16 bit, Ampere or newer, heads of usual sizes."""
-    is_half = q.dtype in (torch.bfloat16, torch.float16)
-    if not (q.is_cuda and is_half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256):
+    """Whether FlashAttention takes queries like q, [b, h, s, e]."""
+    return flash_takes(q.device, q.dtype, q.shape[-1])
+
+
+def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """16 bit, Ampere or newer, heads of usual sizes."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if not (device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256):
         return False
-    return _flash_runs(q.device.index or 0)
+    return _flash_runs(device.index or 0)
 
 
 @torch.compiler.assume_constant_result

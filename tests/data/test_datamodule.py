@@ -158,6 +158,26 @@ def test_packed_batches_all_have_the_width_max_words(config, tokenizer):
     assert {tuple(batch["input_ids"].shape) for batch in list(module.train_dataloader())[:-1]} == {(2, 256)}
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+def test_padding_free_batches_hold_their_items_in_few_rows_or_in_one(one_row, config, tokenizer):
+    module = DataModule(config, tokenizer, 8, 1, 1, 0, seed=0, padding_free=True, one_row=one_row)
+    drawn = []
+    for batch in module.train_dataloader():
+        rows, width = batch["input_ids"].shape
+        assert (rows == 1) == one_row
+        assert batch["tokens"] <= rows * width
+        assert rows * width < batch["tokens"] + 256 if one_row else width <= 256
+        sizes, longest = batch["bounds"].diff(), batch["longest"]
+        assert sizes.sum() == rows * width and sizes.max() <= longest <= 256
+        flat = batch["input_ids"].flatten().tolist()
+        parts = Counter(tuple(flat[a:b]) for a, b in batch["bounds"].unfold(0, 2, 1).tolist() if b > a)
+        padding = parts - Counter(tuple(module.train_items[i]["input_ids"]) for i in batch["items"])
+        assert parts.total() - padding.total() == len(batch["items"])
+        assert padding.total() <= rows and all(set(part) == {module.pad_id} for part in padding)
+        drawn += batch["items"]
+    assert sorted(drawn) == list(range(32))
+
+
 # --- the data module -------------------------------------------------------------------------------------------------
 
 

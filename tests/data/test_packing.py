@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
-from accessory.data.packing import IGNORE, IMAGE_SLOT, WINDOW, collate, insert_image, pack, share_rows
+from accessory.data.packing import IGNORE, IMAGE_SLOT, WINDOW, collate, insert_image, pack, row_width, share_rows
+from accessory.fused.graph import MOST
 from accessory.models.llama import Segments
 from accessory.module import batch_loss
 
@@ -94,6 +95,15 @@ def test_items_of_a_micro_batch_share_as_few_rows_as_they_fit_into():
     assert sorted(item for row in rows for item in row) == [1, 3, 4, 7, 9]
     assert all(sum(lengths[item] for item in row) <= 10 for row in rows)
     assert len(rows) == 3  # 21 tokens
+
+
+@pytest.mark.parametrize("longest", [64, 512, 2048])
+def test_a_single_rows_width_is_little_more_than_its_tokens_and_one_of_few(longest):
+    capacity = 16 * longest
+    widths = {tokens: row_width(tokens, capacity, longest) for tokens in range(1, capacity + 1)}
+    assert all(0 <= width - tokens < max(128, tokens / 8) for tokens, width in widths.items())
+    assert all(width - tokens <= longest and width <= capacity for tokens, width in widths.items())
+    assert len(set(widths.values())) <= MOST
 
 
 def test_image_stands_behind_the_first_token():
