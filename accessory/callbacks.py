@@ -24,7 +24,8 @@ def peak_memory_gib() -> float:
 
 
 class Throughput(Callback):
-    """Logs tokens/s (padding not counted; this rank's, times the ranks), peak memory and learning rate every step."""
+    """Tokens/s (padding not counted; this rank's, times the ranks), peak memory and learning rate of every step; and
+    the moments at which the newest step has to be known."""
 
     def __init__(self) -> None:
         self._tokens, self._since, self._lr = 0, 0.0, 0.0
@@ -44,14 +45,19 @@ class Throughput(Callback):
         now = time.perf_counter()
         rate = self._tokens * trainer.world_size / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
-        module.log_dict({"lr": self._lr, "tokens_per_s": rate, "peak_gib": peak_memory_gib()})
+        module.note(lr=self._lr, tokens_per_s=rate, peak_gib=peak_memory_gib())
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module.settle()
+
+    on_train_epoch_end = on_train_end = on_validation_start
 
 
 class ProgressBar(TQDMProgressBar):
     """Loss, LR, tokens/s and peak memory in one line, with an ETA over the epoch."""
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        shown = {}
+        shown, newest = {}, module.log_of_steps.newest
         for name, form in {
             "loss": "{:.3f}",
             "lr": "{:.1e}",
@@ -59,8 +65,8 @@ class ProgressBar(TQDMProgressBar):
             "peak_gib": "{:.1f} GiB",
             "val_loss": "{:.3f}",
         }.items():
-            if name in trainer.callback_metrics:
-                shown[name] = form.format(float(trainer.callback_metrics[name]))
+            if name in newest:
+                shown[name] = form.format(newest[name])
         return shown
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -83,7 +89,9 @@ class Curves(Callback):
         self.folder = folder
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        with contextlib.suppress(OSError):  # on a full disk what stopped the run is to be told, not this
+        with contextlib.suppress(Exception):  # what stopped the run is to be told, not that its last step is unknown
+            module.settle()
+        with contextlib.suppress(OSError):  # nor that the disk is full
             save_curves(trainer, self.folder)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accessory.config import OptimConfig
 from accessory.errors import UserError
+from accessory.figures import StepFigures, StepLog
 from accessory.fused.graph import GraphedLoss
 from accessory.models.llama import Llama, Segments
 from accessory.models.loss import summed_cross_entropy
@@ -46,6 +47,8 @@ class FinetuneModule(LightningModule):
         self.stop_wanted = False  # this rank was told to stop
         self.stop_agreed = False  # some rank was, and now all know it: after the same optimizer step
         self.graphed: Optional[GraphedLoss] = None  # forward and backward as one CUDA graph
+        self.log_of_steps = StepLog()
+        self._pending: Optional[StepFigures] = None  # of the newest step, until `settle`
         self._unreadable: set[str] = set()  # images that could not be read any more; at the end those of all ranks
 
     def train(self, mode: bool = True) -> "FinetuneModule":
@@ -103,40 +106,75 @@ class FinetuneModule(LightningModule):
             self._unreadable.add(image)
             log.warning("%s; it could be read when the data was checked. Its items are skipped", image)
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether a step's figures are looked at one step later, when the next is already on its way to the GPU."""
+        return self.graphed is not None
+
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
-        """Clip; and stop before the update where loss or gradient is not finite."""
+        """Clip; and stop before the update where loss or gradient is not finite. What is looked at later must not be
+        updated by then: the optimizer's kernel leaves all as it is where `found_inf` is 1."""
         limit = self.config.clip_grad if self.config.clip_grad > 0 else math.inf
         trainables = [p for p in self.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
         loss = self._reduce(loss[None])[0]  # first: so that all ranks stop, or none
-        if not torch.isfinite(loss + norm) and not self._is_overflow(loss):
-            self._stop_non_finite(norm)
-        self.log_dict({"loss": loss, "grad_norm": norm}, prog_bar=True)
-        self._micro.clear()
+        self.settle()
+        self._pending, self._micro = StepFigures(self.global_step, self.current_epoch, self._micro), []
+        self._pending.send(loss, norm)
+        if self.reads_late:
+            optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+        else:
+            self._check(self._pending)
+
+    def settle(self) -> None:
+        """Wait for the newest step, and log it; where it was not finite, stop here. Comes before all that takes the
+        step for done: the next update, a validation, a checkpoint, the end."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        if self.reads_late:
+            self._check(step)
+        loss, norm = step.read()
+        figures = {"loss": loss, "grad_norm": norm} | step.host
+        self.log_of_steps.write(self.trainer.loggers, figures, step, self.trainer.log_every_n_steps)
+
+    def note(self, **figures: float) -> None:
+        """Figures of the newest step that the host knows."""
+        self._pending.host.update(figures)
+        if not self.reads_late:
+            self.settle()
+
+    def _check(self, step: StepFigures) -> None:
+        loss, norm = step.read()
+        if not math.isfinite(loss + norm) and not self._is_overflow(loss):
+            self._stop_non_finite(step, norm)
 
     def _reduce(self, values: Tensor) -> Tensor:
         """[n] -> [n], the sum over ranks; on the way they agree whether to stop. So every rank has to come here equally
         often: once an optimizer step, once a validation, with fsdp once a batch of it."""
+        if self.trainer.world_size == 1:
+            self.stop_agreed = self.stop_wanted
+            return values
         wanted = values.new_full((1,), float(self.stop_wanted))
         total = self.trainer.strategy.reduce(torch.cat([values, wanted]), reduce_op="sum")
         self.stop_agreed = total[-1].item() > 0
         return total[:-1]
 
-    def _is_overflow(self, loss: Tensor) -> bool:
+    def _is_overflow(self, loss: float) -> bool:
         """With loss scaling an overflowing gradient is routine: the scaler skips that step and lowers its scale. Below
         a scale of 1 it was no overflow."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler is not None and bool(torch.isfinite(loss)) and scaler.get_scale() > 1
+        return scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
 
-    def _stop_non_finite(self, norm: Tensor) -> None:
-        ranks = gather([(bool(torch.isfinite(loss)), items) for loss, items in self._micro])
+    def _stop_non_finite(self, step: StepFigures, norm: float) -> None:
+        ranks = gather([(bool(torch.isfinite(loss)), items) for loss, items in step.micro])
         micro = [part for parts in ranks for part in parts]
         bad = [items for finite, items in micro if not finite]
         items = sorted({i for part in (bad or [items for _, items in micro]) for i in part})
-        what = "loss" if bad else f"gradient (norm {norm.item()})"
+        what = "loss" if bad else f"gradient (norm {norm})"
         raise UserError(
-            f"step {self.global_step + 1}: the {what} is not finite; stopped before the update. Items of that step "
+            f"step {step.number + 1}: the {what} is not finite; stopped before the update. Items of that step "
             f"(numbers within the training split): {items}. Lower --lr, or look at these items"
         )
 
@@ -154,7 +192,8 @@ class FinetuneModule(LightningModule):
         if self.stop_agreed:
             return
         loss = (nll / tokens).float()  # NaN where every image that answers belong to has vanished
-        self.log_dict({"val_loss": loss, "val_ppl": loss.exp()}, prog_bar=True)
+        self.log_dict({"val_loss": loss, "val_ppl": loss.exp()})
+        self.log_of_steps.newest["val_loss"] = loss.item()
         self.validated_at = self.trainer.global_step
 
     def end_validation(self) -> Tensor:
@@ -185,7 +224,7 @@ class FinetuneModule(LightningModule):
         self._unreadable = set(checkpoint.get("unreadable_images", ()))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = make_optimizer(self.model, self.config)
+        optimizer = make_optimizer(self.model, self.config, fused=self.reads_late or self.device.type == "cuda")
         scheduler = make_scheduler(optimizer, self.config, self.steps_per_epoch, self.epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

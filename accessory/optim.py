@@ -15,14 +15,15 @@ from accessory.tuning.recipe import canonical_name, weight_kind
 BETAS = (0.9, 0.95)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Only LoRA matrices decay: pulling a norm towards 0, or a bias back to it, is not a prior anyone holds."""
+def make_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> AdamW:
+    """Only LoRA matrices decay: pulling a norm towards 0, or a bias back to it, is not a prior anyone holds. fused: one
+    kernel for all of a step."""
     trainables = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert trainables and all(p.dtype == torch.float32 for _, p in trainables)
     decayed = [p for name, p in trainables if weight_kind(canonical_name(name)) == "lora"]
     others = [p for name, p in trainables if weight_kind(canonical_name(name)) != "lora"]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=BETAS)
+    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=BETAS, fused=fused or None)
 
 
 def lr_at(epoch: float, config: OptimConfig, epochs: float) -> float:

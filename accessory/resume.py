@@ -65,6 +65,8 @@ class Checkpoints(Callback):
         """On all ranks, after an optimizer step; once where it is asked for twice."""
         if trainer.global_step == self._saved_at:
             return
+        trainer.lightning_module.settle()
+        trainer.lightning_module.log_of_steps.save(trainer.loggers)
         rng = gather(random_state())
         trainer.lightning_module.share_unreadable()
         target = self.folder / f"step-{trainer.global_step:08d}"

@@ -263,3 +263,20 @@ def data_yaml(tmp_path) -> Path:
 def _own_cache(tmp_path, monkeypatch):
     """Tokenized data goes to the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def caught_model(monkeypatch):
+    """The model that the next run assembles, and what `prepare` (if set) did to it before training."""
+    caught = {"prepare": lambda model: None}
+
+    def assemble(*arguments):
+        caught["model"] = original(*arguments)
+        caught["prepare"](caught["model"])
+        return caught["model"]
+
+    import accessory.finetune as finetune_module  # not for tests that do without torch
+
+    original = finetune_module.assemble
+    monkeypatch.setattr(finetune_module, "assemble", assemble)
+    return caught

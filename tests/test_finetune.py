@@ -91,21 +91,6 @@ def data(tmp_path) -> Path:
     return short_data(tmp_path / "data")
 
 
-@pytest.fixture
-def caught_model(monkeypatch):
-    """The model that the next run assembles, and what `prepare` (if set) did to it before training."""
-    caught = {"prepare": lambda model: None}
-
-    def assemble(*arguments):
-        caught["model"] = original(*arguments)
-        caught["prepare"](caught["model"])
-        return caught["model"]
-
-    original = finetune_module.assemble
-    monkeypatch.setattr(finetune_module, "assemble", assemble)
-    return caught
-
-
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ class Part:
 
 MAX_RANK = 64  # what the kernels add to a weight
 STACKED = 2**28  # numbers of several linears' weights together at most; gate and up of a 70B model have 470 million
-FOLD_FROM = 1024  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
+FOLD_FROM = 4096  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
 
 
 class Group:

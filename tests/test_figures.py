@@ -1,0 +1,143 @@
+"""Figures that are read a step late, as with CUDA graphs: what is logged, saved and refused is the same. Here the graph
+is one in name, so that a CPU can run it; everything around it is what a GPU runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import alpaca_items
+from test_finetune import (
+    RESUMED,
+    assert_same_bits,
+    interrupt,
+    log_rows,
+    logged,
+    short_data,
+    tiny_config,
+    trainables,
+)
+
+from accessory import fast as fast_parts
+from accessory.errors import UserError
+from accessory.figures import StepFigures, StepLog
+from accessory.finetune import finetune
+from accessory.fused.graph import GraphedLoss
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """CUDA graphs are taken for possible, and a step of one runs as ever."""
+
+    def choose(config, world):
+        fast = original(config, world)
+        fast.active.add("graphs")
+        return fast
+
+    original = fast_parts.choose
+    monkeypatch.setattr("accessory.fast.choose", choose)
+    monkeypatch.setattr("accessory.fast._spare_graphs", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(GraphedLoss, "__call__", GraphedLoss._run)
+
+
+SETTINGS = RESUMED | {"recipe.dropout": 0.0}
+
+
+def run(base, data, out, **changes):
+    return finetune(tiny_config(base, data, out, **SETTINGS | changes))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_step_is_logged_with_its_own_figures(every, late, meta_folder, tmp_path, monkeypatch):
+    data, interval = short_data(tmp_path / "data"), {"logger.log_every_n_steps": every}
+    found = run(meta_folder, data, tmp_path / "late", **interval)
+    monkeypatch.undo()
+    plain = run(meta_folder, data, tmp_path / "plain", **interval)
+    assert [(row["step"], row["epoch"], row["lr"]) for row in log_rows(found)] == [
+        (row["step"], row["epoch"], row["lr"]) for row in log_rows(plain)
+    ]
+    for name in ("loss", "grad_norm", "val_loss"):
+        values = logged(plain, name)
+        assert len(values) > 2 and logged(found, name) == pytest.approx(values, rel=1e-5)
+    tuned = trainables(plain)
+    for name, tensor in trainables(found).items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_was_interrupted_continues_to_the_same_bits(late, meta_folder, tmp_path, monkeypatch):
+    data = short_data(tmp_path / "data")
+    whole = run(meta_folder, data, tmp_path / "whole")
+    config = tiny_config(meta_folder, data, tmp_path / "broken", **SETTINGS)
+    with monkeypatch.context() as broken:
+        interrupt(broken, config, 9)
+    assert_same_bits(trainables(finetune(config)), trainables(whole))
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_items_and_changes_nothing(
+    late,
+    meta_folder,
+    tmp_path,
+    caught_model,
+    tokenizer,
+    monkeypatch,
+):
+    """The embedding of a token that only item 5 has becomes NaN; each step has one item."""
+    items = alpaca_items(8)
+    (rare,) = set(tokenizer.encode("Q", bos=False, eos=False)) - set(tokenizer.encode("W", bos=False, eos=False))
+    items[5]["output"] += " Q"
+
+    def spoil(model):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[rare] = torch.nan
+
+    caught_model["prepare"] = spoil
+    data = short_data(tmp_path / "data", items)
+    changes = {"train.batch_size": 1, "recipe.lora": True, "optim.lr": 1e-2, "seed": 6}
+    told, weights = [], []
+    for name in ("late", "plain"):
+        if name == "plain":
+            monkeypatch.setattr("accessory.fast.choose", lambda *_: fast_parts.Fast())
+        with pytest.raises(UserError, match=r"the loss is not finite; stopped before the update\..*: \[5\]\.") as error:
+            finetune(tiny_config(meta_folder, data, tmp_path / name, **changes))
+        told.append(str(error.value))
+        weights.append({key: p.detach() for key, p in caught_model["model"].named_parameters() if p.requires_grad})
+    assert told[0] == told[1]
+    step = int(told[0].split()[1].rstrip(":"))
+    assert step > 2
+    assert [int(row["step"]) for row in log_rows(tmp_path / "late")] == list(range(step - 1))
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][key], rtol=0, atol=1e-4)  # an update has 1e-2
+
+
+def test_a_run_that_diverges_is_stopped_before_its_weights_are_nan(
+    late,
+    meta_folder,
+    tmp_path,
+    caught_model,
+):
+    changes = {"optim.lr": 1e30, "optim.warmup_epochs": 0.0}
+    with pytest.raises(UserError, match=r"step 2: the (loss|gradient .*) is not finite.*Lower --lr"):
+        finetune(tiny_config(meta_folder, short_data(tmp_path / "data"), tmp_path / "out", **changes))
+    assert all(p.isfinite().all() for p in caught_model["model"].parameters() if p.requires_grad)
+
+
+def test_files_are_written_at_once_and_then_once_a_second(monkeypatch):
+    class Logger:
+        def __init__(self):
+            self.rows, self.saved = [], 0
+
+        def log_metrics(self, metrics, step):
+            self.rows.append((step, metrics))
+
+        def save(self):
+            self.saved += 1
+
+    now, logger, log = [100.0], Logger(), StepLog()
+    monkeypatch.setattr("accessory.figures.time.monotonic", lambda: now[0])
+    saved = []
+    for number in range(6):
+        log.write([logger], {"loss": float(number)}, StepFigures(number, 0, []), 2)
+        saved.append(logger.saved)
+        now[0] += 0.4
+    assert logger.rows == [(step, {"loss": float(step), "epoch": 0}) for step in (1, 3, 5)]
+    assert saved == [0, 1, 1, 1, 1, 2] and log.newest == {"loss": 5.0}
