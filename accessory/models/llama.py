@@ -50,7 +50,8 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467); statistics in fp32, the product in x's dtype."""
+    """x / rms(x) * weight (arXiv:1910.07467); statistics and weight in fp32: bf16 numbers are 0.4 to 0.8 % apart, so a
+    rounded weight would stay behind its master until that has moved as far."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -60,7 +61,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return (normed.to(x.dtype) * self.weight).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import accessory
 from accessory.errors import UserError
-from accessory.models.llama import Segments
+from accessory.models.llama import RMSNorm, Segments
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % VOCAB
 OTHER_THETA = {"rope_type": "default", "rope_theta": 500.0}
@@ -103,11 +103,22 @@ def test_config_json_as_transformers_4_wrote_it_is_understood(tmp_path):
 
 @pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_in_bf16_the_logits_equal_transformers_bit_for_bit(tmp_path, options):
-    random_transformers_model(**options).save_pretrained(tmp_path)
+    random_transformers_model(**options).to(torch.bfloat16).save_pretrained(tmp_path)  # norms here stay in fp32
     theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     ours = logits_of(accessory.load_model([tmp_path], dtype=torch.bfloat16))
     assert ours.dtype == torch.float32
     assert torch.equal(ours, logits_of(theirs).float())
+
+
+def test_a_norms_weight_counts_in_fp32_where_everything_else_is_bf16():
+    generator = torch.Generator().manual_seed(0)
+    norm, x = RMSNorm(64, 1e-5), torch.randn(512, 64, generator=generator).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.copy_((0.5 + torch.rand(64, generator=generator)).to(torch.bfloat16))
+        before = norm(x).double()
+        norm.weight *= 1.001  # these numbers are 4 to 8 thousandths apart in bf16
+        moved = norm(x).double() - before
+    assert (moved * before).sum() / before.square().sum() == pytest.approx(1e-3, rel=0.2)
 
 
 def test_weights_in_several_safetensors_files_are_all_read(tmp_path):
