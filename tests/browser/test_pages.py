@@ -184,11 +184,13 @@ def answer(model, spoken: list[str], image: Path | None = None, length: int = TO
 
 def test_question_is_answered_word_by_word(single_turn, meta_folder):
     model, page = accessory.load_model(str(meta_folder)), single_turn.open()
+    length = 400  # on a busy machine a page shows several words at once
+    page.set_length(length)
     page.record("Answer")
     page.box("Question").send_keys("Wrap it")
     page.box("Input (optional)").send_keys("the lines")
     page.press("Run")
-    expected = generate(model, [alpaca("Wrap it", "the lines")], TOKENS, 0.0, 1.0)[0]
+    expected = generate(model, [alpaca("Wrap it", "the lines")], length, 0.0, 1.0)[0]
     page.wait(lambda: page.text("Answer") == expected)
     grown = [text for text in page.driver.execute_script("return window.seen") if text]
     assert len(grown) > 2 and all(expected.startswith(text) for text in grown)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import alpaca_items, write_data
 from int4_folders import act_order, write_base, write_int4
 from safetensors.torch import load_file, save_file
-from test_finetune import assert_same_bits, caught_model, short_data, tiny_config, trainables  # noqa: F401
+from test_finetune import assert_same_bits, short_data, tiny_config, trainables
 from test_multimodal import picture_items
 from torch import Tensor, nn
 
@@ -311,7 +311,7 @@ def test_a_run_on_an_int4_folder_gives_a_model_with_its_trainables(finished, int
     assert model.generate(["Wrap 1: the"], max_new_tokens=4)
 
 
-def test_training_leaves_every_bit_of_the_payload_as_it_was(int4, data, tmp_path, caught_model):  # noqa: F811
+def test_training_leaves_every_bit_of_the_payload_as_it_was(int4, data, tmp_path, caught_model):
     run(int4, data, tmp_path / "out", **{"train.max_steps": 2, "train.precision": "bf16"})
     trained, fresh = (block_linears_by_name(m) for m in (caught_model["model"], accessory.load_model(int4)))
     for name, layer in fresh.items():
