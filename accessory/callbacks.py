@@ -6,7 +6,6 @@ import contextlib
 import csv
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ class Throughput(Callback):
     the moments at which the newest step has to be known."""
 
     def __init__(self) -> None:
-        self._tokens, self._since, self._lr = 0, 0.0, 0.0
+        self._tokens, self._lr = 0, 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens = 0
+        module.log_of_steps.restart()
 
     on_train_start = on_validation_end = on_train_epoch_start  # a resumed epoch has no start of its own
 
@@ -42,10 +42,8 @@ class Throughput(Callback):
         self._tokens += int(batch["tokens"])
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        now = time.perf_counter()
-        rate = self._tokens * trainer.world_size / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
-        module.note(lr=self._lr, tokens_per_s=rate, peak_gib=peak_memory_gib())
+        tokens, self._tokens = self._tokens * trainer.world_size, 0
+        module.note(tokens, lr=self._lr, peak_gib=peak_memory_gib())
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         module.settle()

@@ -173,13 +173,13 @@ def _spare_graphs(fast: Fast, config: Config, model: Llama) -> None:
 
 
 def _keep_attention(fast: Fast, config: Config, model: Llama) -> None:
-    """As told; otherwise with the memory that all else leaves. On a CPU not before it is asked for, as host memory."""
+    """As told; otherwise, with FlashAttention, if it fits into what all else leaves."""
     told, recomputed = config.fast.keep_attention, model.model.recomputed
     if told and "blocks" not in fast.active:
         fast.why_not["keep_attention"] = "plain blocks keep it as autograd does; only fused ones (fast.blocks) need not"
     elif told and recomputed == len(model.model.layers):
         fast.why_not["keep_attention"] = "all blocks are recomputed"
-    elif told is None and model.device.type != "cpu":
+    elif told is None and flash_takes(model.device, model.dtype, model.config.head_dim):
         told = attention_fits(model, planned_step(fast, config, model), recomputed, _available(model.device))
     if told and "keep_attention" not in fast.why_not:
         fast.active.add("keep_attention")

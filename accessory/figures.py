@@ -21,12 +21,13 @@ SAVE_EVERY = 1.0  # seconds, at most, until a logger's file has what it was give
 @dataclass
 class StepFigures:
     """number: of the optimizer step, from 0. micro: (loss, items) of its micro-batches. host: figures that the host
-    knows by itself."""
+    knows by itself. tokens: of all ranks."""
 
     number: int
     epoch: int
     micro: list[tuple[Tensor, list[int]]]
     host: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
     _copied: Optional[Tensor] = None
     _there: Optional[torch.cuda.Event] = None
 
@@ -50,13 +51,23 @@ class StepFigures:
 
 
 class StepLog:
-    """Hands figures to the loggers, and lets those that write files write now and then rather than at each step."""
+    """Hands figures to the loggers, and lets those that write files write now and then rather than at each step. A
+    step lasts from the moment that the one before was known to the moment that it is."""
 
     def __init__(self) -> None:
         self.newest: dict[str, float] = {}  # for the progress bar
-        self._saved = 0.0
+        self._saved = self._since = 0.0
 
-    def write(self, loggers: list[Logger], figures: dict[str, float], step: StepFigures, interval: int) -> None:
+    def restart(self) -> None:
+        """What has passed since the last step belongs to no step."""
+        self._since = time.perf_counter()
+
+    def write(self, loggers: list[Logger], step: StepFigures, interval: int) -> None:
+        """interval: of the steps that are handed on."""
+        loss, norm = step.read()
+        rate = step.tokens / max(time.perf_counter() - self._since, 1e-9)
+        self.restart()
+        figures = {"loss": loss, "grad_norm": norm, **step.host, "tokens_per_s": rate}
         self.newest |= figures
         if (step.number + 1) % interval:
             return

@@ -120,12 +120,13 @@ class FinetuneModule(LightningModule):
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
         loss = self._reduce(loss[None])[0]  # first: so that all ranks stop, or none
         self.settle()
-        self._pending, self._micro = StepFigures(self.global_step, self.current_epoch, self._micro), []
-        self._pending.send(loss, norm)
+        step = StepFigures(self.global_step, self.current_epoch, self._micro)
+        step.send(loss, norm)
         if self.reads_late:
             optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
         else:
-            self._check(self._pending)
+            self._check(step)
+        self._pending, self._micro = step, []
 
     def settle(self) -> None:
         """Wait for the newest step, and log it; where it was not finite, stop here. Comes before all that takes the
@@ -135,13 +136,11 @@ class FinetuneModule(LightningModule):
             return
         if self.reads_late:
             self._check(step)
-        loss, norm = step.read()
-        figures = {"loss": loss, "grad_norm": norm} | step.host
-        self.log_of_steps.write(self.trainer.loggers, figures, step, self.trainer.log_every_n_steps)
+        self.log_of_steps.write(self.trainer.loggers, step, self.trainer.log_every_n_steps)
 
-    def note(self, **figures: float) -> None:
-        """Figures of the newest step that the host knows."""
-        self._pending.host.update(figures)
+    def note(self, tokens: int, **figures: float) -> None:
+        """What the host knows of the newest step. tokens: of all ranks."""
+        self._pending.tokens, self._pending.host = tokens, figures
         if not self.reads_late:
             self.settle()
 
@@ -222,9 +221,12 @@ class FinetuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._unreadable = set(checkpoint.get("unreadable_images", ()))
+        for state in checkpoint["optimizer_states"]:  # which bring their run's way of updating with them
+            for group in state["param_groups"]:
+                group["fused"] = self.reads_late or None
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = make_optimizer(self.model, self.config, fused=self.reads_late or self.device.type == "cuda")
+        optimizer = make_optimizer(self.model, self.config, fused=self.reads_late)
         scheduler = make_scheduler(optimizer, self.config, self.steps_per_epoch, self.epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -17,7 +17,8 @@ BETAS = (0.9, 0.95)
 
 def make_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> AdamW:
     """Only LoRA matrices decay: pulling a norm towards 0, or a bias back to it, is not a prior anyone holds. fused: one
-    kernel for all of a step."""
+    kernel for all of a step, which can be told to leave everything as it is (`found_inf`). Not with loss scaling:
+    Lightning leaves unscaling to such a kernel, and gradients would be clipped before it."""
     trainables = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     assert trainables and all(p.dtype == torch.float32 for _, p in trainables)
     decayed = [p for name, p in trainables if weight_kind(canonical_name(name)) == "lora"]

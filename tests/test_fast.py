@@ -123,10 +123,12 @@ def test_on_a_cpu_attentions_output_is_kept_where_it_is_asked_for(
     assert (reason or "") in fast.why_not.get("keep_attention", "")
 
 
-def test_on_a_gpu_attentions_output_is_kept_where_all_else_leaves_room(meta_folder, monkeypatch):
-    model = accessory.load_model([meta_folder], quantization="nf4")
+@pytest.mark.parametrize("flash", [True, False])
+def test_on_a_gpu_attentions_output_is_kept_where_all_else_leaves_room(flash, meta_folder, monkeypatch):
+    model = accessory.load_model([meta_folder], quantization="nf4", dtype=torch.bfloat16)
     fuse_blocks(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr("accessory.fast.flash_takes", lambda *_: flash)
     asked = config()
     estimated = estimate_training(model, replace(largest_step(asked, model), keeps_attention=True), 0)
     beside = estimated.parts["activations"] + max(estimated.parts["loss"], estimated.parts["backward"])
@@ -135,7 +137,7 @@ def test_on_a_gpu_attentions_output_is_kept_where_all_else_leaves_room(meta_fold
         monkeypatch.setattr("accessory.fast._available", lambda device, available=available: available)
         fast = Fast({"blocks", "graphs"})
         install_without_blocks(fast, asked, model)
-        assert ("keep_attention" in fast.active) == (available == needed)
+        assert ("keep_attention" in fast.active) == (flash and available == needed)
         assert "graphs" in fast.active and "offload" not in fast.active and model.model.recomputed == 0
 
 

@@ -73,6 +73,26 @@ def test_a_run_that_was_interrupted_continues_to_the_same_bits(late, meta_folder
     assert_same_bits(trainables(finetune(config)), trainables(whole))
 
 
+@pytest.mark.parametrize("begun_late", [False, True])
+def test_a_run_begun_without_graphs_goes_on_with_them_and_the_other_way_round(
+    begun_late, late, meta_folder, tmp_path, monkeypatch
+):
+    data = short_data(tmp_path / "data")
+    whole = run(meta_folder, data, tmp_path / "whole")
+    config = tiny_config(meta_folder, data, tmp_path / "broken", **SETTINGS)
+    for with_graphs in (begun_late, not begun_late):
+        with monkeypatch.context() as part:
+            if not with_graphs:
+                part.setattr("accessory.fast.choose", lambda *_: fast_parts.Fast())
+            if with_graphs == begun_late:
+                interrupt(part, config, 9)
+            else:
+                finetune(config)
+    tuned = trainables(whole)
+    for name, tensor in trainables(tmp_path / "broken").items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_is_told_with_its_step_and_items_and_changes_nothing(
     late,
     meta_folder,
@@ -104,7 +124,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_items_and_changes_n
     assert told[0] == told[1]
     step = int(told[0].split()[1].rstrip(":"))
     assert step > 2
-    assert [int(row["step"]) for row in log_rows(tmp_path / "late")] == list(range(step - 1))
+    for name in ("late", "plain"):
+        assert [int(row["step"]) for row in log_rows(tmp_path / name)] == list(range(step - 1))
     for key, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][key], rtol=0, atol=1e-4)  # an update has 1e-2
 
@@ -136,8 +157,30 @@ def test_files_are_written_at_once_and_then_once_a_second(monkeypatch):
     monkeypatch.setattr("accessory.figures.time.monotonic", lambda: now[0])
     saved = []
     for number in range(6):
-        log.write([logger], {"loss": float(number)}, StepFigures(number, 0, []), 2)
+        log.write([logger], figures(number), 2)
         saved.append(logger.saved)
         now[0] += 0.4
-    assert logger.rows == [(step, {"loss": float(step), "epoch": 0}) for step in (1, 3, 5)]
-    assert saved == [0, 1, 1, 1, 1, 2] and log.newest == {"loss": 5.0}
+    assert [(step, row["loss"], row["lr"], row["epoch"]) for step, row in logger.rows] == [
+        (step, float(step), 0.1, 7) for step in (1, 3, 5)
+    ]
+    assert saved == [0, 1, 1, 1, 1, 2] and log.newest["loss"] == 5.0
+
+
+def test_a_step_lasts_from_when_the_one_before_was_known_or_training_began_again(monkeypatch):
+    now, log, rates = [100.0], StepLog(), []
+    monkeypatch.setattr("accessory.figures.time.perf_counter", lambda: now[0])
+    log.restart()
+    for seconds, validates in ((2.0, False), (1.0, True), (4.0, False)):
+        now[0] += seconds
+        log.write([], figures(0), 1)
+        rates.append(log.newest["tokens_per_s"])
+        if validates:
+            now[0] += 60
+            log.restart()
+    assert rates == [50, 100, 25]
+
+
+def figures(number: int) -> StepFigures:
+    step = StepFigures(number, 7, [], {"lr": 0.1}, 100)
+    step.send(torch.tensor(float(number)), torch.tensor(0.5))
+    return step

@@ -102,7 +102,7 @@ class Estimator:
         case = replace(case, captured=graphs_fit(self.model(case), self.step(case), recomputed, available))
         if keeps_attention is None:
             keeps_attention = attention_fits(self.model(case), self.step(case), recomputed, available)
-        return replace(case, keeps_attention=keeps_attention)
+        return replace(case, keeps_attention=keeps_attention and recomputed < self.blocks)
 
     def recomputing(self, blocks: int) -> Case:
         """What is asked, with so many blocks recomputed."""

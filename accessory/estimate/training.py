@@ -131,8 +131,8 @@ def graphs_fit(model: Llama, step: Step, recomputed_blocks: int, available_bytes
 
 def attention_fits(model: Llama, step: Step, recomputed_blocks: int, available_bytes: float) -> bool:
     """Whether attention's output can be kept besides, and nothing else be given up for it."""
-    if not step.fused or recomputed_blocks:
-        return False
+    if not step.fused or recomputed_blocks or Shape.of(model, step.dtype).itemsize > 2:
+        return False  # without FlashAttention more would be kept than is counted here: masks, repeated heads
     kept = replace(step, keeps_attention=True)
     if step.captured:
         return graphs_fit(model, kept, 0, available_bytes)
