@@ -12,6 +12,7 @@ import accessory
 from accessory.callbacks import read_series
 from accessory.capture import capturing
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
+from accessory.errors import UserError
 from accessory.estimate import Step, estimate_training
 from accessory.finetune import finetune
 from accessory.fused import pointwise
@@ -247,6 +248,22 @@ def test_a_step_that_cannot_be_captured_is_computed_as_ever_with_one_warning(cap
         assert graphed({"x": torch.tensor([1.0, 2.0, 3.0], device="cuda")}).item() == 6
         assert weight.grad.tolist() == [1, 2, 3]
     assert len([record for record in caplog.records if "fast.graphs" in record.getMessage()]) == 1
+
+
+def test_a_captured_run_that_diverges_is_stopped_before_its_weights_are_nan(meta_folder, tmp_path, caught_model):
+    changes = {"train.precision": "bf16", "quantization.method": "nf4", "optim.lr": 1e30, "optim.warmup_epochs": 0.0}
+    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient .*) is not finite.*Lower --lr"):
+        finetune(tiny_config(meta_folder, short_data(tmp_path / "data"), tmp_path / "out", **changes))
+    assert all(p.isfinite().all() for p in caught_model["model"].parameters() if p.requires_grad)
+
+
+def test_with_loss_scaling_the_norm_that_is_clipped_is_the_gradients_own(meta_folder, tmp_path):
+    data, norms = short_data(tmp_path / "data"), []
+    for precision in ("bf16", "fp16"):
+        changes = {"train.precision": precision, "quantization.method": "nf4", "recipe.lora": True}
+        finetune(tiny_config(meta_folder, data, tmp_path / precision, **changes))
+        norms.append(read_series(tmp_path / precision, "grad_norm")[1][-1])
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)  # not 65,536 times it
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
