@@ -233,8 +233,8 @@ class FastConfig:
     is recomputed, and where all are (train.checkpointing=true); needs `blocks`."""
     keep_attention: Optional[bool] = None
     """Keep attention's output for backward, a tenth of the activations more, instead of computing it there again: 1 %
-    of a step at 512 tokens, several at thousands. Unset: on a GPU where it fits besides all else and no block is
-    recomputed; needs `blocks`."""
+    of a step at 512 tokens, more with longer items. Unset: with FlashAttention, where it fits besides all else and no
+    block is recomputed; needs `blocks`."""
     padding_free: Optional[bool] = None
     """Lay the items of a micro-batch behind each other in one row (in rows of up to max_words tokens, where there is no
     FlashAttention) instead of padding them to the longest: the same update, fewer tokens. data.packing instead fills

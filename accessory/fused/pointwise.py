@@ -4,7 +4,7 @@ On a CPU they run as they stand here. On a GPU torch.compile makes a kernel of e
 slower or took more memory, Triton does (`kernels_cuda`). Shapes: m tokens, d hidden size, f the MLP's width, n heads of
 size e. Statistics and gradients of weights are fp32, everything else has the activations' dtype; within a function
 nothing is rounded before its end. Those of backward can also say what their result sums to over the tokens (`summed`),
-which is the gradient of the bias it was added to: read on the way, it costs next to nothing.
+which is the gradient of the bias it was added to.
 """
 
 from __future__ import annotations
