@@ -38,7 +38,6 @@ class Shape:
     itemsize: int
     linears: dict[str, tuple[int, int, bool]]
     lora: dict[str, int]
-    norm_trains: bool
     drops: bool
 
     @classmethod
@@ -54,7 +53,6 @@ class Shape:
             c.head_dim, c.num_attention_heads, c.num_hidden_layers, c.vocab_size, dtype.itemsize,
             {name: (*layer.shape, layer.backend != Dense(dtype)) for name, layer in layers.items()},
             {name: next(m.lora_A.parameters()).shape[0] for name, m in wrapped.items()},
-            first.input_layernorm.weight.requires_grad,
             any(isinstance(m, nn.Dropout) and m.p > 0 for m in first.modules()),
         )  # fmt: skip
 

@@ -75,7 +75,7 @@ def estimate_training(model: Llama, step: Step, recomputed_blocks: int) -> Estim
         "workspace": STREAMS[step.captured] * THREADS * CUBLAS_WORKSPACE if fused else 0,
         "images": image_passing,
         "activations": activations,
-        "loss": _loss(model, shape, step.tokens, fused, fused and step.captured),
+        "loss": _loss(model, shape, step.tokens, fused and step.captured),
         "backward": max(last, end - activations),
     }
     return Estimate(parts, _peak(parts))
@@ -189,7 +189,7 @@ def _fused(s: Shape, m: int, keeps_attention: bool = False) -> Block:
 def _plain(s: Shape, m: int) -> Block:
     """models/llama.py under autograd, operation by operation, without torch.compile (which keeps less)."""
     wide, ranks = 4 / s.itemsize, sum(s.lora.values())
-    norm = s.d * wide + wide + (s.d if s.norm_trains else 0)  # x in fp32, 1 / rms, and what the weight is multiplied by
+    norm = s.d + wide  # x, 1 / rms
     attention = 4 * s.q + s.heads * wide  # q, k and v for every head, the output, and its logsumexp
     mlp = 3 * s.f  # gate, silu(gate), up
     inputs = {"qkv": s.d, "out": 0, "gate_up": s.d, "down": s.f}  # of LoRA; that of o_proj is kept already
@@ -201,17 +201,24 @@ def _plain(s: Shape, m: int) -> Block:
     in_16_bit = s.itemsize * sum(rank * sum(s.linears[name][:2]) for name, rank in s.lora.items())
     matrices = in_16_bit if s.itemsize < 4 else 0
     kept = int(m * s.itemsize * (2 * norm + attention + mlp + ranks)) + matrices
-    passing = max(2 * s.d + 4 * s.f, 3 * s.d * wide + 2 * s.d, 2 * s.d + 6 * s.q + s.q * wide)
-    backward = int(m * s.itemsize * passing) + max(s.scratch(name) for name in s.linears)
+    passing = (  # besides what was kept, each with the gradient of the block's output or middle
+        (s.d + 2 * s.f, ["down_proj"]),  # dh, LoRA's and the base's
+        (s.d + 4 * s.f, []),  # dh, those of SwiGLU's factors, and of gate
+        (4 * s.d, ["gate_proj", "up_proj"]),  # gradients of gate and up are there, silu(gate) and up are not any more
+        (3 * s.d + 4 * s.d * wide, []),  # of a norm
+        (2 * s.d + 2 * s.q, ["o_proj"]),
+        (2 * s.d + 6 * s.q + s.q * wide, []),  # of attention and the rotary embedding, for every head
+        (4 * s.d + s.q + 2 * s.kv, ["q_proj", "k_proj", "v_proj"]),
+    )
+    backward = max(int(m * s.itemsize * numbers) + max(map(s.scratch, names), default=0) for numbers, names in passing)
     return Block(kept, backward, backward + kept)
 
 
-def _loss(model: Llama, s: Shape, m: int, fused: bool, fixed_shape: bool) -> int:
-    """models/loss.py: what the final norm keeps (its input; autograd's in fp32, and normed), hidden states, without
+def _loss(model: Llama, s: Shape, m: int, fixed_shape: bool) -> int:
+    """models/loss.py: the final norm's input, which it keeps, hidden states, without
     fixed_shape those that count once more, and their gradient; of a chunk the logits in fp32 and their logarithms; and
     those of the chunk before, which Python holds until then."""
-    norm = s.itemsize if fused else 4 + s.itemsize
-    hidden = m * s.d * (norm + (2 if fixed_shape else 3) * s.itemsize)
+    hidden = m * s.d * (3 if fixed_shape else 4) * s.itemsize
     first, later = min(GPU_CHUNK, m), min(GPU_CHUNK, max(m - GPU_CHUNK, 0))
     logits = 4 * s.vocab * max(2 * first, first + 2 * later)
     return hidden + logits + head_scratch(model, s)

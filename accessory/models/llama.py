@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional, Protocol, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -59,9 +60,34 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and 1 / rms, where autograd would keep two fp32 copies of x. x / rms is rounded before it meets the
+    weight, as in transformers; the sums of backward are in fp32.
+
+    n = x / rms(x), g = dy * weight:    dweight = sum over tokens of dy * n    dx = (g - n * mean(g * n)) / rms(x)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed.to(x.dtype) * self.weight).to(x.dtype)
+        inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        # Both in fp32: a product of two types is slow on a CPU.
+        return ((wide * inverse_rms).to(x.dtype).float() * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        dy, normed = dy.float(), x.float() * inverse_rms
+        products = dy * normed
+        d_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        mean = products.mul_(weight).mean(-1, keepdim=True)
+        dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(inverse_rms)
+        return dx.to(x.dtype), d_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -121,6 +121,21 @@ def test_a_norms_weight_counts_in_fp32_where_everything_else_is_bf16():
     assert (moved * before).sum() / before.square().sum() == pytest.approx(1e-3, rel=0.2)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)])
+def test_gradients_of_a_norm_are_those_of_its_formula(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(64, 1e-5)
+    norm.weight.data.copy_(0.5 + torch.rand(64, generator=generator))
+    x, dy = (torch.randn(3, 7, 64, generator=generator).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    norm(x).backward(dy)
+    exact_x, weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    (exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight).backward(dy.double())
+    assert x.grad.dtype == dtype and norm.weight.grad.dtype == torch.float32
+    for ours, exact in ((x.grad, exact_x.grad), (norm.weight.grad, weight.grad)):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
 def test_weights_in_several_safetensors_files_are_all_read(tmp_path):
     reference = random_transformers_model()
     reference.save_pretrained(tmp_path, max_shard_size="100KB")
