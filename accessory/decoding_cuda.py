@@ -33,7 +33,7 @@ def _add_norm_kernel(x, added, weight, total, normed, size, eps, adds: tl.conste
         wide = wide.to(dtype).to(tl.float32)
         tl.store(total + here, wide.to(dtype), mask=inside)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    weights = tl.load(weight + place, mask=inside, other=0.0).to(dtype).to(tl.float32)
+    weights = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + here, ((wide * scale).to(dtype).to(tl.float32) * weights).to(dtype), mask=inside)
 
 

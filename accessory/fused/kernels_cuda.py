@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # tokens that a program sums up; what the programs of a column found is summed up behind it
+ROWS = 32  # tokens, at least, that a program of SwiGLU sums up; what all found is summed up behind it
 
 
 @triton.jit
@@ -44,28 +44,35 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
 
 @triton.jit
 def _rotate_back(
-    d, cos, sin, out, sums, token_stride, head_stride, out_stride, tokens, length, batch_stride, half,
+    d, cos, sin, out, sums, token_stride, head_stride, out_stride, tokens, length, batch_stride, half, per_program,
     rotated: tl.constexpr, summed: tl.constexpr, block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)[:, None]
     column = tl.arange(0, block)[None, :]
-    exists = (token < tokens) & (column < half)
     head = tl.program_id(1)
-    place = (token // length) * batch_stride + (token % length) * token_stride + head * head_stride + column
-    first = tl.load(d + place, mask=exists, other=0.0)
-    second = tl.load(d + place + half, mask=exists, other=0.0)
-    to = out + token * out_stride + head * 2 * half + column
-    if rotated:
-        c = tl.load(cos + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        first, second = a * c + b * s, b * c - a * s
-    tl.store(to, first.to(out.dtype.element_ty), mask=exists)
-    tl.store(to + half, second.to(out.dtype.element_ty), mask=exists)
+    first_sum = tl.zeros((tile, block), tl.float32)
+    second_sum = tl.zeros((tile, block), tl.float32)
+    begin = tl.program_id(0).to(tl.int64) * per_program
+    for start in range(begin, min(begin + per_program, tokens), tile):
+        token = start + tl.arange(0, tile)[:, None]
+        exists = (token < tokens) & (column < half)
+        place = (token // length) * batch_stride + (token % length) * token_stride + head * head_stride + column
+        first = tl.load(d + place, mask=exists, other=0.0).to(tl.float32)
+        second = tl.load(d + place + half, mask=exists, other=0.0).to(tl.float32)
+        to = out + token * out_stride + head * 2 * half + column
+        if rotated:
+            c = tl.load(cos + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
+            s = tl.load(sin + token * 2 * half + column, mask=exists, other=0.0).to(tl.float32)
+            a, b = first, second
+            first, second = a * c + b * s, b * c - a * s
+        tl.store(to, first.to(out.dtype.element_ty), mask=exists)
+        tl.store(to + half, second.to(out.dtype.element_ty), mask=exists)
+        if summed:
+            first_sum += first
+            second_sum += second
     if summed:
         part = sums + tl.program_id(0).to(tl.int64) * out_stride + head * 2 * half + column
-        tl.store(part, tl.sum(first.to(tl.float32), 0, keep_dims=True), mask=column < half)
-        tl.store(part + half, tl.sum(second.to(tl.float32), 0, keep_dims=True), mask=column < half)
+        tl.store(part, tl.sum(first_sum, 0, keep_dims=True), mask=column < half)
+        tl.store(part + half, tl.sum(second_sum, 0, keep_dims=True), mask=column < half)
 
 
 def rotate_back_(
@@ -74,14 +81,17 @@ def rotate_back_(
     """As pointwise.rotate_back_. dq, dk, dv: [b, heads, s, e] with any strides; qkv: contiguous."""
     b, _, s, size = dq.shape
     heads, first = [d.shape[1] for d in (dq, dk, dv)], 0
-    programs = triton.cdiv(b * s, ROWS)
+    tile, warps = (8, 1) if summed else (32, 4)
+    per_program = tile * triton.cdiv(b * s, 64 * tile) if summed else tile
+    programs = triton.cdiv(b * s, per_program)
     sums = dq.new_empty(programs, *qkv.shape[1:], dtype=torch.float32) if summed else qkv
     with torch.cuda.device_of(dq):
         for d, count in zip((dq, dk, dv), heads, strict=True):
             d = d if d.stride(3) == 1 else d.contiguous()
             _rotate_back[(programs, count)](
                 d, cos, sin, qkv[:, first:], sums[:, first:], d.stride(2), d.stride(1), qkv.stride(0), b * s, s,
-                d.stride(0), size // 2, first < sum(heads[:2]), summed, triton.next_power_of_2(size // 2), ROWS,
+                d.stride(0), size // 2, per_program, first < sum(heads[:2]), summed,
+                triton.next_power_of_2(size // 2), tile, num_warps=warps,
             )  # fmt: skip
             first += count
     return qkv, sums.flatten(1).sum(0) if summed else None
@@ -89,35 +99,43 @@ def rotate_back_(
 
 @triton.jit
 def _swiglu_backward(
-    gate_up, dh, sums, rows, width, tiles, summed: tl.constexpr, height: tl.constexpr, tile: tl.constexpr
+    gate_up, dh, sums, rows, width, tiles, per_program, summed: tl.constexpr, height: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
     program = (tl.program_id(0) // tiles).to(tl.int64)  # of those that share columns; neighbours share rows
-    row = program * height + tl.arange(0, height)[:, None]
     column = (tl.program_id(0) % tiles) * tile + tl.arange(0, tile)[None, :]
-    exists = (row < rows) & (column < width)
-    place = gate_up + row * 2 * width + column
-    gate = tl.load(place, mask=exists, other=0.0).to(tl.float32)
-    up = tl.load(place + width, mask=exists, other=0.0).to(tl.float32)
-    d = tl.load(dh + row * width + column, mask=exists, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    silu = gate * share
-    d_gate, d_up = d * up * (share + silu * (1 - share)), d * silu
-    tl.store(place, d_gate.to(gate_up.dtype.element_ty), mask=exists)
-    tl.store(place + width, d_up.to(gate_up.dtype.element_ty), mask=exists)
+    sum_of_gate = tl.zeros((height, tile), tl.float32)
+    sum_of_up = tl.zeros((height, tile), tl.float32)
+    first = program * per_program
+    for start in range(first, min(first + per_program, rows), height):
+        row = start + tl.arange(0, height)[:, None]
+        exists = (row < rows) & (column < width)
+        place = gate_up + row * 2 * width + column
+        gate = tl.load(place, mask=exists, other=0.0).to(tl.float32)
+        up = tl.load(place + width, mask=exists, other=0.0).to(tl.float32)
+        d = tl.load(dh + row * width + column, mask=exists, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        d_gate, d_up = d * up * (share + silu * (1 - share)), d * silu
+        tl.store(place, d_gate.to(gate_up.dtype.element_ty), mask=exists)
+        tl.store(place + width, d_up.to(gate_up.dtype.element_ty), mask=exists)
+        if summed:
+            sum_of_gate += d_gate
+            sum_of_up += d_up
     if summed:
         part = sums + program * 2 * width + column
-        tl.store(part, tl.sum(d_gate, 0, keep_dims=True), mask=column < width)
-        tl.store(part + width, tl.sum(d_up, 0, keep_dims=True), mask=column < width)
+        tl.store(part, tl.sum(sum_of_gate, 0, keep_dims=True), mask=column < width)
+        tl.store(part + width, tl.sum(sum_of_up, 0, keep_dims=True), mask=column < width)
 
 
 def swiglu_backward_(gate_up: Tensor, dh: Tensor, summed: bool = False) -> tuple[Tensor, Optional[Tensor]]:
     """As pointwise.swiglu_backward_; gate_up: [m, 2f], dh: [m, f], contiguous."""
     rows, width = dh.shape
-    tile = 128
-    programs, tiles = triton.cdiv(rows, ROWS), triton.cdiv(width, tile)
+    height, tile = (4, 512) if summed else (32, 128)
+    per_program = min(max(height * triton.cdiv(rows, 16 * height), ROWS), 4 * ROWS) if summed else height
+    programs, tiles = triton.cdiv(rows, per_program), triton.cdiv(width, tile)
     sums = dh.new_empty(programs, 2 * width, dtype=torch.float32) if summed else dh
     with torch.cuda.device_of(dh):
-        _swiglu_backward[(programs * tiles,)](gate_up, dh, sums, rows, width, tiles, summed, ROWS, tile)
+        _swiglu_backward[(programs * tiles,)](gate_up, dh, sums, rows, width, tiles, per_program, summed, height, tile)
     return gate_up, sums.sum(0) if summed else None
 
 

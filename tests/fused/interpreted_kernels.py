@@ -57,7 +57,7 @@ def assert_sums(found, expected, summed: bool) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("length", [7, 15])
+@pytest.mark.parametrize("length", [7, 15, 181])
 @pytest.mark.parametrize("size", [16, 20])
 def test_gradients_turn_back_from_any_strides(size, length, summed, dtype):
     tokens = 3 * length
@@ -72,7 +72,7 @@ def test_gradients_turn_back_from_any_strides(size, length, summed, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("rows", [9, 70])
+@pytest.mark.parametrize("rows", [9, 70, 530])
 def test_swiglus_gradient_is_written_over_its_input(rows, summed, dtype):
     gate_up, dh = torch.randn(rows, 2 * 300, dtype=dtype), torch.randn(rows, 300, dtype=dtype)
     expected, sums = pointwise.swiglu_backward_(gate_up.clone(), dh, summed)
