@@ -115,7 +115,7 @@ class FinetuneModule(LightningModule):
         """Clip; and stop before the update where loss or gradient is not finite. What is looked at later must not be
         updated by then: the optimizer's kernel leaves all as it is where `found_inf` is 1."""
         limit = self.config.clip_grad if self.config.clip_grad > 0 else math.inf
-        trainables = [p for p in self.parameters() if p.requires_grad]
+        trainables = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
         loss = self._reduce(loss[None])[0]  # first: so that all ranks stop, or none

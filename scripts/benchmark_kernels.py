@@ -4,15 +4,18 @@
 
 Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's:
 torch.compile of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. A few
-rows' product with the packed weight: bitsandbytes' own for NF4, a product with the dequantized weight for int4. Medians
-of what triton.testing.do_bench times; `of a copy` is the share of that time in which a copy would move what must be
-read and written once.
+rows' product with the packed weight: bitsandbytes' own for NF4, a product with the dequantized weight for int4.
+
+Medians of calls in a CUDA graph, as a training step and a decoder make them, with an empty cache: launching a short
+kernel takes longer than running it, and is no property of the kernel. `of a copy` is the share of that time in which a
+copy would move what must be read and written once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +123,41 @@ def plain_int4_weight(payload: tuple[torch.Tensor, ...], shape: tuple[int, int])
     return (whole.to(torch.float16) * scales.unsqueeze(-1)).view(shape).to(DTYPE)
 
 
+class Clock:
+    """us of a call: a graph of calls, each behind a fill that empties the cache, less a graph of the fills alone."""
+
+    CALLS, REPLAYS = 10, 21
+
+    def __init__(self) -> None:
+        self._fill = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        self._fills = self._captured(lambda: None)
+
+    def __call__(self, call: Call) -> float:
+        for _ in range(3):  # compiles, chooses
+            call()
+        calls, differences = self._captured(call), []
+        for _ in range(self.REPLAYS):
+            differences.append(self._ms(calls) - self._ms(self._fills))
+        return 1000 * statistics.median(differences) / self.CALLS
+
+    def _captured(self, call: Call) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(self.CALLS):
+                self._fill.zero_()
+                call()
+        return graph
+
+    def _ms(self, graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="7b")
@@ -128,11 +166,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU; torch sees none")
-    from triton.testing import do_bench
-
+    clock = Clock()
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    speed = 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median")
+    speed = 2000 * source.nbytes / clock(lambda: target.copy_(source))  # bytes/ms
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: a copy moves {speed / 1e9:.2f} TB/s")
     print(f"{'':<34}{'ours us':>10}{'library us':>12}{'ratio':>8}{'of a copy':>11}")
     rows = []
@@ -140,7 +177,7 @@ def main() -> None:
     groups += [pointwise_cases(options.model, tokens) for tokens in options.tokens]
     for cases in groups:
         for name, ours, library, moved in cases:
-            mine, theirs = (1000 * do_bench(call, return_mode="median") for call in (ours, library))
+            mine, theirs = clock(ours), clock(library)
             share = 1000 * moved / speed / mine
             rows.append({"name": name, "ours_us": mine, "library_us": theirs, "of_copy": share})
             print(f"{name:<34}{mine:>10.1f}{theirs:>12.1f}{theirs / mine:>8.2f}{share:>11.0%}", flush=True)

@@ -61,7 +61,8 @@ def test_each_step_is_logged_with_its_own_figures(every, late, meta_folder, tmp_
         assert len(values) > 2 and logged(found, name) == pytest.approx(values, rel=1e-5)
     tuned = trainables(plain)
     for name, tensor in trainables(found).items():
-        torch.testing.assert_close(tensor, tuned[name], rtol=1e-4, atol=1e-6)
+        # Of an update, up to 0.01, half a percent: Adam divides by a gradient's size also where that is all rounding.
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-4, atol=5e-5)
 
 
 def test_a_run_that_was_interrupted_continues_to_the_same_bits(late, meta_folder, tmp_path, monkeypatch):

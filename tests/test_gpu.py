@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
 from conftest import image_part_weights, write_data
@@ -14,6 +17,7 @@ from accessory.capture import capturing
 from accessory.config import QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
 from accessory.estimate import Step, estimate_training
+from accessory.figures import StepFigures, StepLog
 from accessory.finetune import finetune
 from accessory.fused import pointwise
 from accessory.fused.graph import GraphedLoss
@@ -172,6 +176,7 @@ def test_a_steps_peak_is_the_estimated_one(recomputed, keeps_attention, offloade
     positions = torch.arange(512, device="cuda").expand(16, 512)
     batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "position_ids": positions}
     batch_loss(model, batch).backward()  # the gradients are there from now on, and the libraries' workspaces
+    gc.collect()  # what went in reference cycles before this test would be missed on the way
     there = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     batch_loss(model, batch).backward()
@@ -255,6 +260,22 @@ def test_a_captured_run_that_diverges_is_stopped_before_its_weights_are_nan(meta
     with pytest.raises(UserError, match=r"step \d+: the (loss|gradient .*) is not finite.*Lower --lr"):
         finetune(tiny_config(meta_folder, short_data(tmp_path / "data"), tmp_path / "out", **changes))
     assert all(p.isfinite().all() for p in caught_model["model"].parameters() if p.requires_grad)
+
+
+def test_a_step_lasts_as_long_as_the_gpu_took_whatever_the_host_did_meanwhile():
+    log, numbers = StepLog(), torch.zeros(2**28, device="cuda")
+    rates = []
+    for _ in range(3):
+        step = StepFigures(0, 0, [], {}, tokens=100)
+        for _ in range(20):
+            numbers += 1
+        step.send(numbers[0], numbers[1])
+        step.read()
+        time.sleep(0.5)  # as where the next step is captured first
+        log.write([], step, 1)
+        log.restart()
+        rates.append(log.newest["tokens_per_s"])
+    assert min(rates[1:]) > 100 / 0.4
 
 
 def test_with_loss_scaling_the_norm_that_is_clipped_is_the_gradients_own(meta_folder, tmp_path):

@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         products = dy * normed
         d_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = products.mul_(weight).mean(-1, keepdim=True)
-        dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(inverse_rms)
+        dx = (dy * weight).sub_(normed.mul_(mean)).mul_(inverse_rms)
         return dx.to(x.dtype), d_weight, None
 
 
