@@ -1,8 +1,8 @@
 """Triton kernels for the pointwise functions where torch.compile's were measurably slower or took more memory.
 
 `scripts/benchmark_kernels.py` times each call beside torch.compile's. For 8,192 tokens of LLaMA2-7B's sizes on an H200
-(torch 2.11, one run), us here and there, sums over the tokens included: SwiGLU's gradient 310 and 707, the norm's 112
-and 185, rotary embedding 78 and 138, its gradient 187 and 335.
+(torch 2.11, one run), us here and there, sums over the tokens included: SwiGLU's gradient 254 and 706, the norm's 112
+and 185, rotary embedding 77 and 139, its gradient 131 and 334.
 """
 
 from __future__ import annotations
