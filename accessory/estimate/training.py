@@ -215,9 +215,9 @@ def _plain(s: Shape, m: int) -> Block:
 
 
 def _loss(model: Llama, s: Shape, m: int, fixed_shape: bool) -> int:
-    """models/loss.py: the final norm's input, which it keeps, hidden states, without
-    fixed_shape those that count once more, and their gradient; of a chunk the logits in fp32 and their logarithms; and
-    those of the chunk before, which Python holds until then."""
+    """models/loss.py: the final norm's input, which it keeps; hidden states, without fixed_shape those that count once
+    more, and their gradient; of a chunk the logits in fp32 and their logarithms; and those of the chunk before, which
+    Python holds until then."""
     hidden = m * s.d * (3 if fixed_shape else 4) * s.itemsize
     first, later = min(GPU_CHUNK, m), min(GPU_CHUNK, max(m - GPU_CHUNK, 0))
     logits = 4 * s.vocab * max(2 * first, first + 2 * later)
