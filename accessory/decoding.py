@@ -170,10 +170,12 @@ class Decoder:
         """LoRA in three launches rather than six: its matrices are in x's dtype already."""
         if id(layer) not in self.adapters:
             return layer(x)
-        y = layer.base_layer(x)
+        share = None
         for a, b, scaling in self.adapters[id(layer)]:
-            y.addmm_(F.linear(x, a), b.T, alpha=scaling)
-        return y
+            beta = 0 if share is None else 1  # 0: what it held is not read
+            share = x.new_empty(len(x), len(b)) if share is None else share
+            share.addmm_(F.linear(x, a), b.T, beta=beta, alpha=scaling)
+        return layer.base_layer(x, share)
 
 
 @functools.cache

@@ -113,22 +113,37 @@ class Group:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """x: [m, in] -> y [m, out of all], and `project(x)`."""
-        folded = self._folds(x)
-        y, t = self._product(x, folded), self.project(x)
-        if not folded:
-            for i, part in self._adapted:
-                y[:, part.rows].addmm_(t[:, part.ranks], self._b[i].T)
-        return y, t
+        folded, t = self._folds(x), self.project(x)
+        share = None if folded or t is None else self._share(t)
+        return self._product(x, folded, share), t
 
-    def _product(self, x: Tensor, folded: bool) -> Tensor:
-        """x W^T + b."""
-        if len(self.stacks) == 1:
+    def _share(self, t: Tensor) -> Tensor:
+        """t: [m, ranks of all] -> t (s B)^T + b, [m, out of all]."""
+        share = t.new_empty(len(t), self.rows)
+        for i, part in enumerate(self.parts):
+            out, bias = share[:, part.rows], None if self.bias is None else self.bias[part.rows]
+            if part.a is not None and bias is not None:
+                torch.addmm(bias, t[:, part.ranks], self._b[i].T, out=out)
+            elif part.a is not None:
+                torch.mm(t[:, part.ranks], self._b[i].T, out=out)
+            elif bias is not None:
+                out.copy_(bias)
+            else:
+                out.zero_()
+        return share
+
+    def _product(self, x: Tensor, folded: bool, share: Optional[Tensor]) -> Tensor:
+        """x W^T + b; where there is a share, that in place of b, and overwritten. The product is added to the share,
+        and rounded once: a small share that is added to rounded numbers is lost (QuantLinear.forward)."""
+        if len(self.stacks) == 1 and share is None:
             weight, _ = self._weight(x.dtype, folded, self.stacks[0])
             return F.linear(x, weight, self.bias)
-        y = x.new_empty(len(x), self.rows)
+        y = x.new_empty(len(x), self.rows) if share is None else share
         for stack in self.stacks:
             weight, rows = self._weight(x.dtype, folded, stack)
-            if self.bias is None:
+            if share is not None:
+                y[:, rows].addmm_(x, weight.T)
+            elif self.bias is None:
                 torch.mm(x, weight.T, out=y[:, rows])
             else:
                 torch.addmm(self.bias[rows], x, weight.T, out=y[:, rows])
@@ -137,12 +152,13 @@ class Group:
 
     def input_gradient(self, dy: Tensor, u: Optional[Tensor]) -> Tensor:
         """dy: [m, out of all]; u as from `gradients` -> dx [m, in], rounded after each stack."""
-        folded, dx = self._folds(dy), None
+        folded = self._folds(dy)
+        dx = None if folded or u is None else u @ self._a
         for stack in self.stacks:
             weight, rows = self._weight(dy.dtype, folded, stack)
             dx = dy[:, rows] @ weight if dx is None else dx.addmm_(dy[:, rows], weight)
             del weight
-        return dx if folded or u is None else dx.addmm_(u, self._a)
+        return dx
 
     def gradients(
         self, dy: Tensor, x: Optional[Tensor], t: Optional[Tensor], d_bias: Optional[Tensor] = None

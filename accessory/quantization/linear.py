@@ -1,6 +1,6 @@
 """QuantLinear: one frozen linear for every way of storing its weight.
 
-    forward   y = x @ dq(W)^T + bias          backward   dx = dy @ dq(W),   dbias = sum over tokens of dy (fp32)
+    forward   y = x @ dq(W)^T + bias + added  backward   dx = dy @ dq(W),   dbias = sum over tokens of dy (fp32)
 
 Neither needs x or y: nothing but the packed weight, which exists anyway, is kept for backward. The weight is
 dequantized twice rather than held once in 16 bit. The libraries' own layers each break one of these promises: see
@@ -54,10 +54,19 @@ def _index_of(backend: Backend) -> int:
 
 
 def _forward(
-    x: Tensor, bias: Optional[Tensor], payload: Sequence[Tensor], backend: int, out_features: int, in_features: int
-) -> Tensor:
+    x: Tensor, bias: Optional[Tensor], added: Optional[Tensor], payload: Sequence[Tensor], backend: int,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
     weight = _BACKENDS[backend].dequantize(payload, (out_features, in_features), x.dtype)
-    return F.linear(x, weight, bias)
+    if added is None:
+        return F.linear(x, weight, bias)
+    return _add_product(added.clone() if bias is None else added + bias, x, weight)
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x W^T, rounded once, in y's place."""
+    y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2), weight.T)
+    return y
 
 
 def _input_gradient(dy: Tensor, payload: Sequence[Tensor], backend: int, out_features: int, in_features: int) -> Tensor:
@@ -68,17 +77,26 @@ _forward_operator = torch.library.custom_op("accessory::frozen_linear", _forward
 _input_gradient_operator = torch.library.custom_op(
     "accessory::frozen_linear_input_gradient", _input_gradient, mutates_args=()
 )
-_forward_operator.register_fake(lambda x, bias, payload, backend, out, in_: x.new_empty(*x.shape[:-1], out))
+_forward_operator.register_fake(lambda x, bias, added, payload, backend, out, in_: x.new_empty(*x.shape[:-1], out))
 _input_gradient_operator.register_fake(lambda dy, payload, backend, out, in_: dy.new_empty(*dy.shape[:-1], in_))
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Optional[Tensor], backend: int, shape: tuple[int, int], *payload: Tensor):
+    def forward(
+        ctx: Any, x: Tensor, bias: Optional[Tensor], added: Optional[Tensor], backend: int, shape: tuple[int, int],
+        *payload: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.backend, ctx.shape, ctx.has_bias = backend, shape, bias is not None
         ctx.save_for_backward(*payload)
-        linear = _forward_operator if torch.compiler.is_compiling() else _forward
-        return linear(x, bias.to(x.dtype) if bias is not None else None, payload, backend, *shape)
+        bias = None if bias is None else bias.to(x.dtype)
+        if torch.compiler.is_compiling():
+            return _forward_operator(x, bias, added, payload, backend, *shape)
+        if added is None:
+            return _forward(x, bias, added, payload, backend, *shape)
+        ctx.mark_dirty(added)
+        weight = _BACKENDS[backend].dequantize(payload, shape, x.dtype)
+        return _add_product(added if bias is None else added.add_(bias), x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
@@ -89,7 +107,7 @@ class _FrozenLinear(torch.autograd.Function):
             dx = input_gradient(dy.contiguous(), payload, ctx.backend, *ctx.shape)
         if ctx.has_bias and ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32)
-        return dx, dbias, None, None, *(None for _ in payload)
+        return dx, dbias, dy if ctx.needs_input_grad[2] else None, None, None, *(None for _ in payload)
 
 
 class QuantLinear(nn.Module):
@@ -162,13 +180,16 @@ class QuantLinear(nn.Module):
             assert lora is None
             out.copy_(self.dequantize(out.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] -> [..., out_features], in x's dtype."""
+    def forward(self, x: Tensor, added: Optional[Tensor] = None) -> Tensor:
+        """x: [..., in_features] -> [..., out_features], in x's dtype. added: of that shape, an adapter's share, in
+        whose place y may be written. It is added before y is rounded: a sum of two 16-bit numbers has no room for one
+        that is less than half the distance from the other to its neighbour, and an adapter starts at 0. It would learn,
+        and for a while change nothing."""
         if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             kernels = working("accessory.quantization.matvec_cuda", "each token's forward pass dequantizes all weights")
             if kernels is not None and kernels.fits(x, self.backend):
-                return kernels.matvec(x, self.payload, self.backend, self.shape, self.bias)
-        return _FrozenLinear.apply(x, self.bias, self._backend_index, self.shape, *self.payload)
+                return kernels.matvec(x, self.payload, self.backend, self.shape, self.bias, added)
+        return _FrozenLinear.apply(x, self.bias, added, self._backend_index, self.shape, *self.payload)
 
     def _apply(self, fn, recurse: bool = True):
         """Move, never cast: `model.half()` would destroy scales and codes."""

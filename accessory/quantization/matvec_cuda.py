@@ -75,21 +75,27 @@ def _totals(sums, count_log2: tl.constexpr):
 
 
 @triton.jit
-def _store(y, total, bias, first_row, rows, out_features, has_bias: tl.constexpr, block_m: tl.constexpr):
+def _store(
+    y, total, bias, share, first_row, rows, out_features, has_bias: tl.constexpr, adds: tl.constexpr,
+    block_m: tl.constexpr,
+):  # fmt: skip
     """total: fp32 [rows of W * block_m]; the bias is rounded to y's dtype first, as it is in training."""
     dtype = y.dtype.element_ty
     place = tl.arange(0, total.shape[0])
     row, m = first_row + place // block_m, place % block_m
+    exists = (row < out_features) & (m < rows)
     if has_bias:
         total += tl.load(bias + row, mask=row < out_features, other=0.0).to(dtype).to(tl.float32)
-    tl.store(y + m * out_features + row, total.to(dtype), mask=(row < out_features) & (m < rows))
+    if adds:
+        total += tl.load(share + m * out_features + row, mask=exists, other=0.0).to(tl.float32)
+    tl.store(y + m * out_features + row, total.to(dtype), mask=exists)
 
 
 @triton.jit
 def _words_kernel(
-    words, scales, zeros, codebook, mean, values, x, bias, y, rows, out_features, row_loads, row_groups,
+    words, scales, zeros, codebook, mean, values, x, bias, share, y, rows, out_features, row_loads, row_groups,
     group_loads: tl.constexpr, nf4: tl.constexpr, doubly: tl.constexpr, bits: tl.constexpr, has_bias: tl.constexpr,
-    block_m: tl.constexpr, block_out: tl.constexpr, count_log2: tl.constexpr,
+    adds: tl.constexpr, block_m: tl.constexpr, block_out: tl.constexpr, count_log2: tl.constexpr,
     steps: tl.constexpr, block: tl.constexpr, eights: tl.constexpr, shuffle: tl.constexpr,
 ):  # fmt: skip
     """NF4, and whole numbers of 2, 4 or 8 bits in order. Doubly quantized, `zeros` are the second scales.
@@ -152,7 +158,7 @@ def _words_kernel(
                     else:
                         updated = updated + (sums[i],)  # noqa: RUF005
                 sums = updated
-    _store(y, _totals(sums, count_log2), bias, first_row, rows, out_features, has_bias, block_m)
+    _store(y, _totals(sums, count_log2), bias, share, first_row, rows, out_features, has_bias, adds, block_m)
 
 
 @triton.jit
@@ -197,9 +203,9 @@ def _mantissa(part, first: tl.constexpr, bits: tl.constexpr):
 
 @triton.jit
 def _columns_kernel(
-    codes, scales, zeros, g_idx, x, bias, y, rows, out_features, in_features, row_bytes, row_groups,
+    codes, scales, zeros, g_idx, x, bias, share, y, rows, out_features, in_features, row_bytes, row_groups,
     group_size: tl.constexpr, bits: tl.constexpr, reordered: tl.constexpr, has_bias: tl.constexpr,
-    block_m: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
+    adds: tl.constexpr, block_m: tl.constexpr, block_out: tl.constexpr, block_in: tl.constexpr,
 ):  # fmt: skip
     """Whole numbers of any width, in any order of columns: weight by weight, so with several times the loads."""
     outs = tl.program_id(0) * block_out + tl.arange(0, block_out)
@@ -223,7 +229,7 @@ def _columns_kernel(
         inputs = tl.load(x_place, mask=(m < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         sums += weight[:, None, :] * inputs[None, :, :]
     total = tl.reshape(tl.sum(sums, 2), (block_out * block_m,))
-    _store(y, total, bias, tl.program_id(0) * block_out, rows, out_features, has_bias, block_m)
+    _store(y, total, bias, share, tl.program_id(0) * block_out, rows, out_features, has_bias, adds, block_m)
 
 
 def fits(x: Tensor, backend: Any) -> bool:
@@ -234,10 +240,11 @@ def fits(x: Tensor, backend: Any) -> bool:
 
 
 def matvec(
-    x: Tensor, payload: Sequence[Tensor], backend: Any, shape: tuple[int, int], bias: Optional[Tensor] = None
-) -> Tensor:
-    """x: bf16, fp16 or fp32 [..., in] of at most MAX_ROWS rows; shape: (out, in) of the weight; bias: fp32 [out] ->
-    [..., out] in x's dtype. The weight's backend must fit."""
+    x: Tensor, payload: Sequence[Tensor], backend: Any, shape: tuple[int, int], bias: Optional[Tensor] = None,
+    added: Optional[Tensor] = None,
+) -> Tensor:  # fmt: skip
+    """x: bf16, fp16 or fp32 [..., in] of at most MAX_ROWS rows; shape: (out, in) of the weight; bias: fp32 [out];
+    added: [..., out], before y is rounded -> y [..., out] in x's dtype. The weight's backend must fit."""
     out_features, in_features = shape
     flat = x.reshape(-1, in_features).contiguous()
     y = x.new_empty(len(flat), out_features)
@@ -246,7 +253,7 @@ def matvec(
     )
     launch = _launch_words if in_words else _launch_columns
     with torch.cuda.device_of(x):
-        launch(flat, payload, backend, y, bias)
+        launch(flat, payload, backend, y, bias, None if added is None else added.reshape(y.shape).contiguous())
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -257,7 +264,9 @@ def _block_out(most: int, out_features: int) -> int:
     return most
 
 
-def _launch_words(x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor, bias: Optional[Tensor]) -> None:
+def _launch_words(
+    x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor, bias: Optional[Tensor], added: Optional[Tensor]
+) -> None:
     (rows, in_features), out_features = x.shape, y.shape[1]
     block_m = triton.next_power_of_2(rows)
     packed, scales, *rest = payload
@@ -277,21 +286,24 @@ def _launch_words(x: Tensor, payload: Sequence[Tensor], backend: Any, y: Tensor,
         doubly, zeros, codebook, mean, values = False, rest[0], packed, packed, packed
     _words_kernel[(triton.cdiv(out_features, block_out),)](
         packed.view(-1).view(UNITS[bits * eights]), scales, zeros, codebook, mean, values, x,
-        packed if bias is None else bias, y, rows, out_features, row_loads, row_groups, group_size // (8 * eights), nf4,
-        doubly, bits, bias is not None, block_m, block_out, (block_out * block_m).bit_length() - 1, steps, BLOCK,
-        eights, nf4 and shuffles(), num_warps=WARPS,
+        packed if bias is None else bias, x if added is None else added, y, rows, out_features, row_loads, row_groups,
+        group_size // (8 * eights), nf4, doubly, bits, bias is not None, added is not None, block_m, block_out,
+        (block_out * block_m).bit_length() - 1, steps, BLOCK, eights, nf4 and shuffles(), num_warps=WARPS,
     )  # fmt: skip
 
 
-def _launch_columns(x: Tensor, payload: Sequence[Tensor], backend: Int4, y: Tensor, bias: Optional[Tensor]) -> None:
+def _launch_columns(
+    x: Tensor, payload: Sequence[Tensor], backend: Int4, y: Tensor, bias: Optional[Tensor], added: Optional[Tensor]
+) -> None:
     rows, in_features = x.shape
     codes, scales, zeros, *g_idx = payload
     block_m = triton.next_power_of_2(rows)
     block_out = _block_out(4, y.shape[1])
     _columns_kernel[(triton.cdiv(y.shape[1], block_out),)](
-        codes, scales, zeros, g_idx[0] if g_idx else codes, x, codes if bias is None else bias, y, rows, y.shape[1],
-        in_features, codes.shape[1], scales.shape[1], in_features // scales.shape[1], backend.bits, bool(g_idx),
-        bias is not None, block_m, block_out, min(1024 // block_m, triton.next_power_of_2(in_features)),
+        codes, scales, zeros, g_idx[0] if g_idx else codes, x, codes if bias is None else bias,
+        x if added is None else added, y, rows, y.shape[1], in_features, codes.shape[1], scales.shape[1],
+        in_features // scales.shape[1], backend.bits, bool(g_idx), bias is not None, added is not None, block_m,
+        block_out, min(1024 // block_m, triton.next_power_of_2(in_features)),
         num_warps=WARPS,
     )  # fmt: skip
 
@@ -301,3 +313,4 @@ def try_out() -> None:
     weight, x = torch.zeros(8, 64, device="cuda"), torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
     for backend in (NF4(), Int4(4, 64), Int4(3, 64)):
         matvec(x, backend.quantize(weight), backend, (8, 64))
+        matvec(x, backend.quantize(weight), backend, (8, 64), added=x[:, :8])

@@ -30,13 +30,12 @@ class LoraQuantLinear(nn.Module, LoraLayer):
         return module.in_features, module.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
+        share = None
+        for name in () if self.disable_adapters else self.active_adapters:
             a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-            y = y + F.linear(F.linear(self.lora_dropout[name](x), a), b) * self.scaling[name]
-        return y
+            found = F.linear(F.linear(self.lora_dropout[name](x), a), b) * self.scaling[name]
+            share = found if share is None else share + found
+        return self.base_layer(x, share)
 
 
 def lora_config(recipe: RecipeConfig, target_modules: list[str]) -> LoraConfig:

@@ -43,14 +43,15 @@ def check(backend, shape: tuple[int, int], rows: int, dtype: torch.dtype, device
     if getattr(backend, "reordered", False):
         payload[3] = payload[3][torch.randperm(shape[1], generator=g).to(device)]
     x = torch.randn(rows, shape[1], generator=g).to(device, dtype)
-    added = torch.randn(shape[0], generator=g).to(device) if bias else None
+    bias = torch.randn(shape[0], generator=g).to(device) if bias else None
+    added = torch.randn(rows, shape[0], generator=g).to(device, dtype) if rows % 2 else None
     assert fits(x, backend)
-    found = matvec(x, payload, backend, shape, added)
+    found = matvec(x, payload, backend, shape, bias, added)
     expected = x.double() @ exact_weight(backend, tuple(payload), shape).T
-    if bias:
-        expected += added.to(dtype).double()
+    expected += 0 if bias is None else bias.to(dtype).double()
+    expected += 0 if added is None else added.double()
     assert found.dtype == dtype and found.shape == (rows, shape[0])
     # Of every output, against the size of its row's terms: a lost last column or group shows.
     error = (found.double() - expected).abs() / expected.norm(dim=1, keepdim=True) * shape[0] ** 0.5
     assert error.max() < 8 * TOLERANCE[dtype], (backend, rows, dtype, error.max().item())
-    assert torch.equal(found, matvec(x, payload, backend, shape, added))
+    assert torch.equal(found, matvec(x, payload, backend, shape, bias, added))

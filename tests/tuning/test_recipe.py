@@ -17,6 +17,7 @@ from transformers import Blip2Config, LlamaConfig, LlamaForCausalLM
 from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
+from accessory.fused.linears import Group
 from accessory.models import build_model, config_from_params
 from accessory.models.llama import Llama
 from accessory.module import batch_loss
@@ -268,9 +269,32 @@ def test_lora_in_bf16_computes_in_bf16_from_fp32_masters():
     x = torch.randn(3, 5, 192).bfloat16()
     a, b = matrices(layer)
     y = layer(x)
-    expected = layer.base_layer(x) + F.linear(F.linear(x, a.bfloat16()), b.bfloat16())
+    expected = layer.base_layer(x, F.linear(F.linear(x, a.bfloat16()), b.bfloat16()))
     assert a.dtype == b.dtype == torch.float32
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("computed", ["plain", "fused"])
+def test_what_lora_adds_counts_also_where_it_is_less_than_the_bases_rounding(computed):
+    layer = lora_layer()
+    a, b = matrices(layer)
+    b *= 1e-4
+    x = torch.randn(2048, 192, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def output() -> Tensor:
+        if computed == "plain":
+            return layer(x).double()
+        group = Group([layer])
+        for copy, master, factor in group.copies(torch.bfloat16):
+            copy.copy_(master * factor)
+        return group.forward(x)[0].double()
+
+    share = x.double() @ a.double().T @ b.double().T
+    y = output()
+    b.zero_()
+    assert share.abs().median() < 2**-9 * y.abs().median()  # half of the way to the next number in bf16
+    assert ((y - output()) * share).sum() / share.square().sum() == pytest.approx(1, abs=0.1)
 
 
 def test_lora_keeps_no_fp32_copy_of_its_input_for_backward():
