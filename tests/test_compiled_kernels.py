@@ -102,9 +102,10 @@ def test_a_weight_without_lora_passes_through_no_shared_memory(compiled):
 def test_nf4s_product_with_a_few_rows(compiled, shuffled, rows):
     backend, shape = NF4(), (4096, 256)
     payload = backend.quantize(torch.zeros(shape))
-    x, added = torch.zeros(rows, shape[1], dtype=BF16), torch.zeros(rows, shape[0], dtype=BF16)
-    matvec_cuda.matvec(x, payload, backend, shape, torch.zeros(shape[0]), added)
-    assert len(compiled["_words_kernel"]) == 1
+    x, share = torch.zeros(rows, shape[1], dtype=BF16), torch.zeros(rows, shape[0], dtype=BF16)
+    for added in (None, share):
+        matvec_cuda.matvec(x, payload, backend, shape, torch.zeros(shape[0]), added)
+    assert len(compiled["_words_kernel"]) == 2
 
 
 @pytest.mark.parametrize(

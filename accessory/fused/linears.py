@@ -133,8 +133,8 @@ class Group:
         return share
 
     def _product(self, x: Tensor, folded: bool, share: Optional[Tensor]) -> Tensor:
-        """x W^T + b; where there is a share, that in place of b, and overwritten. The product is added to the share,
-        and rounded once: a small share that is added to rounded numbers is lost (QuantLinear.forward)."""
+        """x W^T + b; with a share x W^T + share, written over the share, and rounded once: what is small is lost where
+        it is added to rounded numbers (QuantLinear.forward)."""
         if len(self.stacks) == 1 and share is None:
             weight, _ = self._weight(x.dtype, folded, self.stacks[0])
             return F.linear(x, weight, self.bias)
