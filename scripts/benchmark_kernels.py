@@ -2,9 +2,10 @@
 
     python scripts/benchmark_kernels.py --model 7b --tokens 512 8192 --output kernels.json
 
-Pointwise functions: torch.compile of the plain function. NF4's weight: bitsandbytes' three kernels; int4's:
-torch.compile of plain PyTorch. With LoRA's product added on the way, beside adding it to the weight afterwards. A few
-rows' product with the packed weight: bitsandbytes' own for NF4, a product with the dequantized weight for int4.
+Pointwise functions: torch.compile of the plain function. What LoRA adds to one of two linears that share y: cuBLAS.
+NF4's weight: bitsandbytes' three kernels; int4's: torch.compile of plain PyTorch. With LoRA's product added on the way,
+beside adding it to the weight afterwards. A few rows' product with the packed weight: bitsandbytes' own for NF4, a
+product with the dequantized weight for int4.
 
 Medians of calls in a CUDA graph, as a training step and a decoder make them, with an empty cache: launching a short
 kernel takes longer than running it, and is no property of the kernel. `of a copy` is the share of that time in which a
@@ -28,7 +29,7 @@ import accessory  # noqa: F401
 import bitsandbytes
 import torch  # after accessory, which sets what torch reads when it is loaded
 
-from accessory.fused import pointwise
+from accessory.fused import linears, pointwise
 from accessory.quantization.int4 import Int4, unpack_codes
 from accessory.quantization.nf4 import NF4
 from accessory.sizes import SHAPES
@@ -62,6 +63,10 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
     for name, (given, moved) in arguments.items():
         function = getattr(pointwise, name)
         yield f"{name} {tokens}", partial(function, *given), partial(torch.compile(function.plain), *given), moved
+    t, b, side_by_side = random(tokens, 16), random(f, 16), random(tokens, 2 * f)
+    added = t, b, gate_up[0, :f], side_by_side[:, :f]
+    plain = partial(linears.adapter_.plain, *added)
+    yield f"adapter_ {tokens}", partial(linears.adapter_, *added), plain, t.nbytes + b.nbytes + dh.nbytes
 
 
 def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:

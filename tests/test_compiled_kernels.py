@@ -135,7 +135,9 @@ def test_the_fused_blocks_kernels(compiled):
         kernels_cuda.norm_backward(x, x, wide, torch.zeros(64), x, summed)
         kernels_cuda.swiglu_backward_(x.repeat(1, 2), x, summed)
         kernels_cuda.rotate_back_(x.view(4, 4, 16).clone(), *heads, angle, angle, summed)
-    assert {"_norm_backward", "_swiglu_backward", "_rotate", "_rotate_back"} == set(compiled)
+    for rank in (16, 64):
+        kernels_cuda.adapter_(x[:, :rank], torch.zeros(64, rank, dtype=BF16), x[0], x.clone())
+    assert {"_norm_backward", "_swiglu_backward", "_rotate", "_rotate_back", "_adapter"} == set(compiled)
 
 
 def test_a_tokens_kernels(compiled):

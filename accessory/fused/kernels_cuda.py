@@ -1,4 +1,4 @@
-"""Triton kernels for the pointwise functions where torch.compile's were measurably slower or took more memory.
+"""Triton kernels for what torch.compile's kernels, or cuBLAS, do measurably slower or with more memory.
 
 `scripts/benchmark_kernels.py` times each call beside torch.compile's. For 8,192 tokens of LLaMA2-7B's sizes on an H200
 (torch 2.11, one run), us here and there, sums over the tokens included: SwiGLU's gradient 254 and 706, the norm's 112
@@ -174,7 +174,7 @@ def norm_backward(
     """As pointwise.norm_backward, of contiguous tensors. Each program sums over rows of its own, here as above: what is
     summed in which order does not change from run to run."""
     rows, size = x.shape
-    programs = min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8)
+    programs = min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 8)
     per_program = triton.cdiv(rows, programs)
     dx = torch.empty_like(x)
     sums = torch.empty(2 if summed else 1, programs, size, dtype=torch.float32, device=x.device)
@@ -188,11 +188,43 @@ def norm_backward(
     return dx, d_weight, sum_of_dx[0] if summed else None
 
 
+@triton.jit
+def _adapter(
+    t, b, bias, out, tokens, rows, rank, t_stride, out_stride, has_bias: tl.constexpr, ranks: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)[:, None]
+    row = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)[None, :]
+    total = tl.zeros((height, width), tl.float32)
+    for first in range(0, rank, ranks):
+        k = first + tl.arange(0, ranks)
+        left = tl.load(t + token * t_stride + k[None, :], mask=(token < tokens) & (k[None, :] < rank), other=0.0)
+        right = tl.load(b + row * rank + k[:, None], mask=(row < rows) & (k[:, None] < rank), other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    if has_bias:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + token * out_stride + row, total.to(out.dtype.element_ty), mask=(token < tokens) & (row < rows))
+
+
+def adapter_(t: Tensor, b: Tensor, bias: Optional[Tensor], out: Tensor) -> Tensor:
+    """As linears.adapter_."""
+    (tokens, rows), rank = out.shape, b.shape[1]
+    height, width = 64, 128
+    with torch.cuda.device_of(t):
+        _adapter[(triton.cdiv(tokens, height), triton.cdiv(rows, width))](
+            t, b, b if bias is None else bias, out, tokens, rows, rank, t.stride(0), out.stride(0), bias is not None,
+            min(64, max(16, triton.next_power_of_2(rank))), height, width,
+        )  # fmt: skip
+    return out
+
+
 def try_out() -> None:
     """Each kernel once, on the smallest input (accessory.kernels)."""
     x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
     one = torch.ones(1, 1, device="cuda")
     rotate_(x.view(1, 1, 16).clone(), x, x, 1)
+    for bias in (None, x[0]):
+        adapter_(x, x.repeat(16, 1), bias, x.clone())
     for summed in (False, True):
         norm_backward(x, x, one, torch.ones(16, device="cuda"), x, summed)
         swiglu_backward_(x.repeat(1, 2), x, summed)

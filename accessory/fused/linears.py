@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from accessory.fused.pointwise import kernel_on_gpu
 from accessory.quantization import QuantLinear
 
 
@@ -122,10 +123,8 @@ class Group:
         share = t.new_empty(len(t), self.rows)
         for i, part in enumerate(self.parts):
             out, bias = share[:, part.rows], None if self.bias is None else self.bias[part.rows]
-            if part.a is not None and bias is not None:
-                torch.addmm(bias, t[:, part.ranks], self._b[i].T, out=out)
-            elif part.a is not None:
-                torch.mm(t[:, part.ranks], self._b[i].T, out=out)
+            if part.a is not None:
+                adapter_(t[:, part.ranks], self._b[i], bias, out)
             elif bias is not None:
                 out.copy_(bias)
             else:
@@ -186,6 +185,14 @@ class Group:
     def _adapted(self) -> list[tuple[int, Part]]:
         """The parts that have LoRA, with their numbers."""
         return [(i, part) for i, part in enumerate(self.parts) if part.a is not None]
+
+
+@kernel_on_gpu
+def adapter_(t: Tensor, b: Tensor, bias: Optional[Tensor], out: Tensor) -> Tensor:
+    """t: [m, r], b: [n, r], bias: [n] -> t b^T + bias, written to out, [m, n]; rows of t and out may be apart.
+
+    Where they are, PyTorch writes the bias to `out` first, and reads it again."""
+    return torch.mm(t, b.T, out=out) if bias is None else torch.addmm(bias, t, b.T, out=out)
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accessory.fused import kernels_cuda, pointwise
+from accessory.fused import kernels_cuda, linears, pointwise
 from accessory.quantization import int4_cuda, nf4_cuda
 from accessory.quantization.int4 import Int4
 from accessory.quantization.nf4 import NF4
@@ -93,6 +93,22 @@ def test_gradients_of_a_norm(rows, summed, dtype):
     torch.testing.assert_close(found[0], expected[0], **TOLERANCE[dtype])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
     assert_sums(found[2], expected[2], summed)
+
+
+@every_dtype
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens, rows, rank", [(5, 130, 3), (70, 40, 16), (33, 17, 100)])
+def test_what_an_adapter_adds_is_written_beside_others(tokens, rows, rank, bias, dtype):
+    """No size is one of whole tiles, and 100 ranks are two of those; t and out are slices, as in q, k and v's."""
+    t, out = (
+        torch.randn(tokens, 2 * rank, dtype=dtype)[:, rank:],
+        torch.full((tokens, rows + 9), torch.nan, dtype=dtype),
+    )
+    b, bias = torch.randn(rows, rank, dtype=dtype), torch.randn(rows, dtype=dtype) if bias else None
+    kernels_cuda.adapter_(t, b, bias, out[:, 4:-5])
+    expected = linears.adapter_.plain(t, b, bias, torch.empty(tokens, rows, dtype=dtype))
+    torch.testing.assert_close(out[:, 4:-5], expected, **TOLERANCE[dtype])
+    assert out[:, :4].isnan().all() and out[:, -5:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
