@@ -14,7 +14,7 @@ from accessory.config import Config, DataParallel, FastConfig, Precision
 from accessory.estimate import GIB, Step, attention_fits, graphs_fit, host_bytes, save_memory
 from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
 from accessory.models.llama import Llama, flash_takes
-from accessory.strategies import DTYPES, World
+from accessory.strategies import DTYPES, World, gather
 
 log = logging.getLogger(__name__)
 HOST_ROOM = 0.5  # of the free host memory
@@ -77,9 +77,8 @@ def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
 
 
 def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
-    if world.size > 1:
-        sharded = config.strategy.data_parallel is DataParallel.fsdp
-        return "ranks " + ("gather blocks" if sharded else "sum gradients") + " while a step runs"
+    if world.size > 1 and config.strategy.data_parallel is DataParallel.fsdp:
+        return "ranks gather blocks while a step runs"
     if config.train.precision is Precision.fp16:
         return "precision fp16 scales each step's loss as it finds right"
     if config.recipe.dropout > 0:
@@ -100,6 +99,7 @@ def install(fast: Fast, config: Config, model: Llama, world: World) -> None:
     _replace_blocks(fast, model)
     make_room(fast, config, model, world.local_size)
     _spare_graphs(fast, config, model)
+    _agree_on_graphs(fast)
     _keep_attention(fast, config, model)
 
 
@@ -170,6 +170,14 @@ def _spare_graphs(fast: Fast, config: Config, model: Llama) -> None:
     if not graphs_fit(model, planned_step(fast, config, model), model.model.recomputed, _available(model.device)):
         fast.active.discard("graphs")
         fast.why_not["graphs"] = "there is no memory for a step beside the captured one (--batch_size, --max_words)"
+
+
+def _agree_on_graphs(fast: Fast) -> None:
+    """Ranks sum their gradients in one way with graphs, in another without."""
+    everywhere = all(gather("graphs" in fast.active))
+    if "graphs" in fast.active and not everywhere:
+        fast.active.discard("graphs")
+        fast.why_not["graphs"] = "another rank's GPU has no memory for them"
 
 
 def _keep_attention(fast: Fast, config: Config, model: Llama) -> None:

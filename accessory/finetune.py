@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import Strategy
 
 from accessory import fast as fast_parts
 from accessory.agreement import refuse_other_runs, refuse_other_weights
@@ -135,7 +136,8 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     callbacks = [interruption, checkpoints, Curves(output_dir)]
     if before not in (None, split):
         callbacks.append(NextEpoch(before, data.train_plan.rows, config.seed, world.rank))
-    trainer = _trainer(config, world, loggers, data, callbacks)
+    strategy = make_strategy(world, own_sums=module.graphed is not None)
+    trainer = _trainer(config, world, strategy, loggers, data, callbacks)
     if world.rank == 0:
         print(describe_run(config, model, data, world, fast, checkpoint), flush=True)
         fast.warn()
@@ -245,6 +247,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    # Lightning makes DistributedDataParallel on a stream of its own; at worst the GPU waits once a step.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
 def _make_writable(output_dir: Path) -> None:
@@ -278,13 +282,18 @@ def _val_interval(config: Config, data: DataModule) -> int:
 
 
 def _trainer(
-    config: Config, world: World, loggers: list[Logger], data: DataModule, callbacks: list[Callback]
+    config: Config,
+    world: World,
+    strategy: Strategy,
+    loggers: list[Logger],
+    data: DataModule,
+    callbacks: list[Callback],
 ) -> Trainer:
     return Trainer(
         accelerator="gpu" if world.device.type == "cuda" else "cpu",
         devices=world.local_size if world.size > 1 else [world.local_rank] if world.device.type == "cuda" else 1,
         num_nodes=world.nodes,
-        strategy=make_strategy(config.strategy, world),
+        strategy=strategy,
         plugins=[PlainCheckpointIO(), *([Float16(world.device)] if config.train.precision is Precision.fp16 else [])],
         max_epochs=config.train.epochs,
         max_steps=config.train.max_steps,

@@ -114,6 +114,8 @@ class FinetuneModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
         """Clip; and stop before the update where loss or gradient is not finite. What is looked at later must not be
         updated by then: the optimizer's kernel leaves all as it is where `found_inf` is 1."""
+        if self.graphed is not None and self.trainer.world_size > 1:
+            self.graphed.sum_over_ranks()
         limit = self.config.clip_grad if self.config.clip_grad > 0 else math.inf
         trainables = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision, TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from accessory.config import Precision, StrategyConfig
+from accessory.config import Precision
 from accessory.errors import UserError
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
@@ -79,12 +79,21 @@ def _leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def make_strategy(config: StrategyConfig, world: World) -> Strategy:
+class OwnSums(DDPStrategy):
+    """Ranks with gradients that DistributedDataParallel does not see, as autograd does not make them: whoever does
+    sums them over the ranks."""
+
+    def configure_ddp(self) -> None:
+        """No wrapper around the module."""
+
+
+def make_strategy(world: World, own_sums: bool) -> Strategy:
+    """own_sums: the module sums its gradients over the ranks itself."""
     if world.size == 1:
         return SingleDeviceStrategy(world.device)
     # Nothing is sent around at the start: all ranks hold the same, which their digests say, and buffers are the frozen
     # payload, or with fsdp each rank's own place to gather it.
-    return DDPStrategy(
+    return (OwnSums if own_sums else DDPStrategy)(
         broadcast_buffers=False,
         init_sync=False,
         gradient_as_bucket_view=True,

@@ -52,12 +52,14 @@ def train_step(model: Any, loss: Callable[[Batch], torch.Tensor], case: dict[str
         return eager_step(model, loss, case)
     trainables = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainables, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    graphed = GraphedLoss(loss, trainables)
+    graphed, ranks = GraphedLoss(loss, trainables), torch.distributed.is_initialized()
     graphed.attach()
 
     def step(batch: Batch) -> torch.Tensor:
         graphed.zero()
         value = graphed(batch)
+        if ranks:
+            graphed.sum_over_ranks()
         torch.nn.utils.clip_grad_norm_(trainables, 2.0)
         optimizer.step()
         return value

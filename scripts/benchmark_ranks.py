@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import _checkout  # noqa: F401
@@ -27,12 +28,12 @@ import accessory  # noqa: F401
 import torch  # after accessory, which sets what torch reads when it is loaded
 import torch.distributed as dist
 from benchmark_cases import SHAPES
-from benchmark_ours import build_ours, make_batch
+from benchmark_ours import build_ours, make_batch, train_step
 from benchmark_steps import eager_step, time_steps
 
 HEAD = (
-    f"{'strategy':<10}{'checkpointing':>14}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}{'payload GiB':>13}"
-    f"{'build s':>9}"
+    f"{'strategy':<10}{'graphs':>8}{'checkpointing':>14}{'tokens/s':>10}{'ms/step':>9}{'peak GiB':>10}"
+    f"{'payload GiB':>13}{'build s':>9}"
 )
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--no_graphs", action="store_true", help="launch each kernel by itself with sdp, too")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -98,14 +100,18 @@ def measure_rank(options: argparse.Namespace) -> None:
             fuse_blocks(model)
     held = payload.share_bytes if payload is not None else _payload_bytes(model)
     synchronized = _Synchronized(model, loss)
-    wrapped = torch.nn.parallel.DistributedDataParallel(
-        synchronized, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
-    )
+    graphs = case["compile"] and strategy == "sdp" and not options.no_graphs
+    if not graphs:  # DistributedDataParallel and the shards' gathers
+        synchronized = torch.nn.parallel.DistributedDataParallel(
+            synchronized, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+        )
     for checkpointing in (True, False):
         model.model.recomputed = len(model.model.layers) if checkpointing else 0
-        step = eager_step(model, wrapped, case)  # DistributedDataParallel and the shards' gathers: no graph
+        step = (train_step if graphs else eager_step)(model, synchronized, case)
         batch = make_batch(model, benchmark_steps.tokens(case, model.config.vocab_size, world.rank), case)
-        seconds, peak = time_steps(lambda step=step, batch=batch: step(batch), options.warmup, options.steps)
+        seconds, peak = time_steps(partial(step, batch), options.warmup, options.steps)
+        del step  # and with it its graph's memory
+        torch.cuda.empty_cache()
         gathered: list = [None] * world.size
         dist.all_gather_object(gathered, (1000 * seconds, peak))
         slowest, largest = (max(values) for values in zip(*gathered, strict=True))
@@ -113,9 +119,9 @@ def measure_rank(options: argparse.Namespace) -> None:
             tokens = options.batch * options.length * world.size
             result = {
                 "model": options.model, "recipe": options.recipe, "strategy": strategy, "ranks": world.size,
-                "checkpointing": checkpointing, "tokens_per_s": 1000 * tokens / slowest, "ms_per_step": slowest,
-                "peak_gib": largest, "payload_gib": held / 2**30, "build_s": built, "device": _device(world.device),
-                "torch": torch.__version__,
+                "checkpointing": checkpointing, "graphs": graphs, "tokens_per_s": 1000 * tokens / slowest,
+                "ms_per_step": slowest, "peak_gib": largest, "payload_gib": held / 2**30, "build_s": built,
+                "device": _device(world.device), "torch": torch.__version__,
             }  # fmt: skip
             print("RESULT " + json.dumps(result), flush=True)
     if payload is not None and payload.gathered_digests() != payload.digests:
@@ -145,7 +151,8 @@ def _device(device: torch.device) -> str:
 
 def _row(row: dict) -> str:
     return (
-        f"{row['strategy']:<10}{'yes' if row['checkpointing'] else 'no':>14}{row['tokens_per_s']:>10,.0f}"
+        f"{row['strategy']:<10}{'yes' if row['graphs'] else 'no':>8}{'yes' if row['checkpointing'] else 'no':>14}"
+        f"{row['tokens_per_s']:>10,.0f}"
         f"{row['ms_per_step']:>9.0f}{row['peak_gib']:>10.2f}{row['payload_gib']:>13.3f}{row['build_s']:>9.0f}"
     )
 

@@ -53,7 +53,6 @@ def test_each_part_can_be_set_apart():
     [
         ({"fast.padding_free": False}, 1, "graphs", "many shapes"),
         ({"train.precision": Precision.fp16}, 1, "graphs", "fp16"),
-        ({}, 2, "graphs", "sum gradients"),
         ({"strategy.data_parallel": DataParallel.fsdp}, 2, "graphs", "gather blocks"),
         ({"recipe.lora": True, "recipe.dropout": 0.1}, 1, "blocks", "recipe.dropout"),
     ],

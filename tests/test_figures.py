@@ -1,11 +1,15 @@
-"""Figures that are read a step late, as with CUDA graphs: what is logged, saved and refused is the same. Here the graph
-is one in name, so that a CPU can run it; everything around it is what a GPU runs."""
+"""Figures that are read a step late, and gradients that ranks sum by themselves, as with CUDA graphs: what is logged,
+saved and refused is the same. Here the graph is one in name, so that a CPU can run it; everything around it is what a
+GPU runs, and two GPUs run the real one."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import alpaca_items
+from ranks import run_ranks
 from test_finetune import (
     RESUMED,
     assert_same_bits,
@@ -16,6 +20,7 @@ from test_finetune import (
     tiny_config,
     trainables,
 )
+from test_module import update_distance
 
 from accessory import fast as fast_parts
 from accessory.errors import UserError
@@ -26,6 +31,10 @@ from accessory.fused.graph import GraphedLoss
 
 @pytest.fixture
 def late(monkeypatch):
+    pretend_graphs(monkeypatch)
+
+
+def pretend_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs are taken for possible, and a step of one runs as ever."""
 
     def choose(config, world):
@@ -92,6 +101,40 @@ def test_a_run_begun_without_graphs_goes_on_with_them_and_the_other_way_round(
     tuned = trainables(whole)
     for name, tensor in trainables(tmp_path / "broken").items():
         torch.testing.assert_close(tensor, tuned[name], rtol=1e-3, atol=1e-5)
+
+
+def run_on_this_rank(base: Path, data: Path, out: Path, graphs: bool) -> None:
+    """Micro-batches of one item, two to a step on each of two ranks; of the last step's, one rank has none."""
+    changes = {"train.batch_size": 1, "train.accum_iter": 2, "train.max_steps": 3, "fast.graphs": graphs}
+    with pytest.MonkeyPatch.context() as patch:
+        if graphs and not torch.cuda.is_available():
+            pretend_graphs(patch)
+        run(base, data, out, **changes)
+
+
+def test_ranks_with_graphs_sum_their_gradients_as_those_without_do(meta_folder, tmp_path):
+    data = short_data(tmp_path / "data", alpaca_items(9))
+    for name, graphs in (("graphs", True), ("plain", False)):
+        for rank in run_ranks(run_on_this_rank, meta_folder, data, tmp_path / name, graphs):
+            assert not isinstance(rank, BaseException), rank
+    for figure in ("loss", "grad_norm", "val_loss"):
+        expected = logged(tmp_path / "plain", figure)
+        assert expected and logged(tmp_path / "graphs", figure) == pytest.approx(expected, rel=1e-5)
+    assert update_distance(tmp_path / "plain", tmp_path / "graphs", meta_folder) < 1e-4
+
+
+def test_graphs_are_used_on_all_ranks_or_on_none(monkeypatch):
+    ranks = [True, False]
+    monkeypatch.setattr("accessory.fast.gather", lambda _: ranks)
+    fast = fast_parts.Fast({"blocks", "graphs"})
+    fast_parts._agree_on_graphs(fast)
+    assert fast.active == {"blocks"} and "another rank" in fast.why_not["graphs"]
+    fast = fast_parts.Fast({"blocks"}, {"graphs": "there is no memory"})
+    fast_parts._agree_on_graphs(fast)
+    assert fast.active == {"blocks"} and fast.why_not == {"graphs": "there is no memory"}
+    ranks[1], fast = True, fast_parts.Fast({"graphs"})
+    fast_parts._agree_on_graphs(fast)
+    assert fast.active == {"graphs"} and not fast.why_not
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_step_and_items_and_changes_nothing(

@@ -3,7 +3,7 @@
 A step on a GPU is some thousand kernels, many of them shorter than the time Python takes to launch one. A graph
 launches all of them at once. It needs shapes that do not change, and tensors that stay where they are. So there is
 a graph for each shape of a batch, its input is copied in, and gradients are added to buffers that live as long as this
-object.
+object. They lie side by side, so that ranks add theirs up in one go.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from accessory.capture import capturing
@@ -22,6 +23,7 @@ from accessory.errors import first_line
 
 log = logging.getLogger(__name__)
 MOST = 48  # graphs; each is some MB on the GPU, outside of what torch counts
+ALIGNMENT = 128  # numbers, between the beginnings of two gradients; as far apart as tensors of their own would be
 
 Batch = dict[str, Any]
 Key = tuple[tuple[str, tuple[int, ...]], ...]
@@ -35,11 +37,13 @@ class _Captured:
 
 
 class GraphedLoss:
-    """loss(batch) -> fp32 [], without a graph of autograd: the gradients are in the trainables' .grad already."""
+    """loss(batch) -> fp32 [], without a graph of autograd: the gradients are in the trainables' .grad already.
+
+    trainables: of one dtype, on one device."""
 
     def __init__(self, loss: Callable[[Batch], Tensor], trainables: list[nn.Parameter]):
         self._loss, self._trainables = loss, trainables
-        self._gradients = [torch.zeros_like(p) for p in trainables]
+        self._all_gradients, self._gradients = _side_by_side(trainables)
         self._seen: set[Key] = set()
         self._captured: dict[Key, _Captured] = {}
         self._device = trainables[0].device
@@ -71,7 +75,11 @@ class GraphedLoss:
             parameter.grad = gradient
 
     def zero(self) -> None:
-        torch._foreach_zero_(self._gradients)
+        self._all_gradients.zero_()
+
+    def sum_over_ranks(self) -> None:
+        """Once a step, behind its last micro-batch."""
+        dist.all_reduce(self._all_gradients)
 
     def _run_without(self, batch: Batch) -> Tensor:
         """Graphs keep the memory of a step for themselves: where there is none left for one beside them, they go."""
@@ -103,3 +111,13 @@ class GraphedLoss:
         with capturing(graph, self._device, self._pool):
             loss = self._run(batch | inputs)
         return _Captured(graph, inputs, loss)
+
+
+def _side_by_side(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    """Zeros in one tensor, and a view of it for each parameter, of its shape."""
+    begins, size = [], 0
+    for parameter in parameters:
+        begins.append(size)
+        size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    whole = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+    return whole, [whole[at : at + p.numel()].view(p.shape) for at, p in zip(begins, parameters, strict=True)]
