@@ -116,10 +116,11 @@ def reset_peak() -> None:
 
 
 def time_steps(step: Callable[[], Any], warmup: int, steps: int) -> tuple[float, float]:
-    """(median seconds of a step, peak GiB), after the warm-up."""
+    """(median seconds of a step after the warm-up, peak GiB). The peak is one with the warm-up, in which a CUDA graph
+    takes its memory."""
     from accessory.callbacks import peak_memory_gib
 
+    reset_peak()
     for _ in range(warmup):
         step()
-    reset_peak()
     return statistics.median(timed_in_a_row([step] * steps)), peak_memory_gib()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # on a GPU, too, fp32 is what results are compared in
 
 import pytest
 import sentencepiece
