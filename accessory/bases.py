@@ -20,6 +20,7 @@ from transformers import Blip2Config, LlamaConfig
 
 from accessory import shards as pth
 from accessory.errors import UserError, first_line
+from accessory.folders import base_folder, listing
 from accessory.models import check_params, config_from_hf, config_from_params, read_json, vision_config_from
 from accessory.quantization.int4 import Int4
 from accessory.quantization.packed import Packed
@@ -86,10 +87,7 @@ class Folder:
 
 def open_folder(path: str | Path) -> Folder:
     """Recognise a folder by its files. Meta's and Accessory's tensors can be read after `attach`."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        near = f"; {folder.parent} holds {listing(folder.parent)}" if folder.parent.is_dir() else ""
-        raise UserError(f"--pretrained_path {path}: no such folder{near}")
+    folder = base_folder(path)
     kinds = [kind for kind, pattern in pth.FILES.items() if any(pattern.fullmatch(f.name) for f in folder.iterdir())]
     if len(kinds) > 1:
         raise UserError(f"{folder}: holds checkpoints of several formats ({', '.join(kinds)}); keep one")
@@ -284,10 +282,3 @@ def identity(folder: Folder) -> str:
     for name in sorted(folder.names):
         total.update(name.encode() + folder.tensor(name).float().numpy().tobytes())
     return total.hexdigest()[:16]
-
-
-def listing(folder: Path, limit: int = 8) -> str:
-    names = sorted(f.name for f in folder.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accessory.bases import CONFIG_FILE, INDEX_FILE, Folder, listing, open_safetensors, safetensors_files
+from accessory.bases import CONFIG_FILE, INDEX_FILE, Folder, open_safetensors, safetensors_files
 from accessory.errors import UserError, first_line
+from accessory.folders import listing
 from accessory.models import read_json
 
 

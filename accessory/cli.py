@@ -20,6 +20,7 @@ from accessory.composition import check_composition
 from accessory.config import Config
 from accessory.errors import Interrupted, OwnError, UserError
 from accessory.flags import FINETUNE_FLAGS, Flag, adopt_lora_settings, rewrite
+from accessory.folders import require_folders
 from accessory.schema import describe, to_typed
 from accessory.shipped import CONFIG_DIR, group_options
 
@@ -86,10 +87,11 @@ def launch(config_name: str, flags: list[Flag], schema: type, job: Callable[[Dic
 
 
 def _finetune_job(node: DictConfig) -> None:
-    from accessory.finetune import finetune
-
     def job() -> None:
         config = to_typed(node)
+        require_folders(config.model.pretrained_path)
+        from accessory.finetune import finetune
+
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             config.output_dir = str(Path(config.output_dir) / str(HydraConfig.get().job.num))
         finetune(config)

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from accessory.child import child_environment
 from accessory.config import ModelConfig, Precision
 from accessory.errors import UserError, first_line, suggest
 from accessory.files import atomic_file
 from accessory.models import read_json
-from accessory.quantization.child import child_environment
 from accessory.quantization.job.result import MANIFEST_FILE, own_options
 
 QUANTIZE = Path(__file__).resolve().parents[1] / "scripts" / "quantize.py"
@@ -200,7 +200,7 @@ def _quantize(what: Comparison, candidate: Candidate, folder: Path) -> None:
 def _wanted(what: Comparison, candidate: Candidate) -> dict[str, Any]:
     """What the manifest of a folder says that is made for this comparison: also of what was left to the job."""
     from accessory.quantization.job.plan import fill_recipe, row_length
-    from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
+    from accessory.quantize_options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
     from accessory.sources import open_sources
 
     config = QuantizeConfig(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accessory.config import PromptType
 from accessory.errors import UserError, suggest
+from accessory.folders import require_folders
 
 CONVERSATION = "conversation"  # the format of models trained with --dialog
 SINGLE_TURN = [*(kind.value for kind in PromptType), CONVERSATION]
@@ -77,4 +78,5 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.image = str(Path(args.image).expanduser())
         if not Path(args.image).is_file():
             raise UserError(f"--image {args.image}: no such file")
+    require_folders(args.pretrained_path)
     return args

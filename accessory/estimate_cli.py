@@ -26,6 +26,7 @@ from accessory.config import (
 )
 from accessory.errors import UserError, suggest
 from accessory.flags import FINETUNE_FLAGS, Flag
+from accessory.folders import require_folders
 from accessory.schema import to_typed
 from accessory.sizes import SHAPES
 
@@ -97,6 +98,7 @@ ESTIMATE_FLAGS = [
 
 def _estimate(node: DictConfig) -> None:
     config = to_typed(node, EstimateConfig)
+    require_folders(config.model.pretrained_path)
     from accessory.estimate.command import estimate
 
     estimate(config)

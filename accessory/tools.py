@@ -24,6 +24,7 @@ from accessory.config import (
 )
 from accessory.errors import UserError
 from accessory.flags import MODEL_FLAGS, Flag
+from accessory.folders import require_folders
 from accessory.schema import to_typed
 
 
@@ -274,7 +275,12 @@ def export_main() -> None:
 
 
 def _job(node: DictConfig, schema: type, job: Any) -> None:
-    run_command(lambda: job(to_typed(node, schema)))
+    def run() -> None:
+        config = to_typed(node, schema)
+        require_folders(config.model.pretrained_path)
+        job(config)
+
+    run_command(run)
 
 
 ConfigStore.instance().store("evaluate_schema", node=EvaluateConfig)

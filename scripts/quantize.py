@@ -1,6 +1,6 @@
 import _checkout  # noqa: F401
 
-from accessory.quantization.job.command import quantize_main
+from accessory.quantize_cli import quantize_main
 
 if __name__ == "__main__":
     quantize_main()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accessory.quantization import formats, rtn
-from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import Format
 
 JOB = Path(__file__).parent / "quantization" / "auto_round_job.py"
 

@@ -341,7 +341,7 @@ def test_error_leaves_the_line_of_a_progress_bar(monkeypatch):
     assert sys.stderr.getvalue() == "\nerror: wrong\n"
 
 
-@pytest.mark.parametrize("module", ["cli", "demo_flags", "estimate_cli", "tools"])
+@pytest.mark.parametrize("module", ["cli", "demo_flags", "estimate_cli", "quantize_cli", "tools"])
 def test_importing_a_command_line_does_not_load_torch(module):
     code = f"import sys, accessory.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, timeout=120).returncode == 0

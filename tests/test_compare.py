@@ -22,10 +22,10 @@ from accessory.errors import UserError
 from accessory.evaluation import text_perplexity
 from accessory.flags import rewrite
 from accessory.quantization.job import quantize_base
-from accessory.quantization.job.command import QUANTIZE_FLAGS
 from accessory.quantization.job.plan import fill_recipe
 from accessory.quantization.job.result import own_options
-from accessory.quantization.options import CalibrationConfig, Method, QuantizeConfig
+from accessory.quantize_cli import QUANTIZE_FLAGS
+from accessory.quantize_options import CalibrationConfig, Method, QuantizeConfig
 from accessory.shipped import CONFIG_DIR
 
 TEXT = "\n".join(corpus()[:40])

@@ -26,7 +26,7 @@ from accessory.quantization.dense import Dense
 from accessory.quantization.int4 import Int4
 from accessory.quantization.job import quantize_base
 from accessory.quantization.nf4 import NF4
-from accessory.quantization.options import Method, QuantizeConfig
+from accessory.quantize_options import Method, QuantizeConfig
 from accessory.side_by_side import fake_quantized, memory_bytes
 from accessory.tools import EvaluateConfig, _run_tasks, evaluate
 from accessory.tuning.recipe import add_trainables, mark_trainable

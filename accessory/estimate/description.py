@@ -22,9 +22,9 @@ from accessory.models.llama import Llama
 from accessory.quantization import quantize
 from accessory.quantization.int4 import Int4
 from accessory.quantization.job.schemes import block_linear_shapes, schemes_of
-from accessory.quantization.options import Method, QuantizeConfig
 from accessory.quantization.setting import CALIBRATED, as_stored, stored_backends
 from accessory.quantization.stored import find_statement
+from accessory.quantize_options import Method, QuantizeConfig
 from accessory.shipped import find_file
 from accessory.sizes import SHAPES
 from accessory.sources import open_sources

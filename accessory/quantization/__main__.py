@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from accessory.child import end_with_parent
 from accessory.cli import run_command
-from accessory.quantization.child import end_with_parent
 from accessory.quantization.job import quantize_base
-from accessory.quantization.options import QuantizeConfig
+from accessory.quantize_options import QuantizeConfig
 from accessory.schema import to_typed
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from accessory.errors import UserError
 from accessory.quantization.int4 import pack_codes, unpack_codes
-from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import Format
 from accessory.shards import is_image_part
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from accessory.quantization.methods import Calibration, Chain, autoround
-from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig, ScaleDtype
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig, ScaleDtype
 
 ROWS, SEQLEN = 8, 16
 

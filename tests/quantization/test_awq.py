@@ -17,8 +17,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer
 from accessory.models.llama import Block
 from accessory.quantization import rtn
 from accessory.quantization.methods import awq
-from accessory.quantization.options import AwqConfig, TransVersion
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import AwqConfig, TransVersion
 
 D, HIDDEN, GROUP, SEQ = 64, 96, 16, 12
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

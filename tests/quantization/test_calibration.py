@@ -22,7 +22,7 @@ from accessory.errors import UserError
 from accessory.quantization.calibration import read_calibration
 from accessory.quantization.calibration.samples import Samples
 from accessory.quantization.calibration.sources import parse_dataset
-from accessory.quantization.options import CalibrationConfig
+from accessory.quantize_options import CalibrationConfig
 
 BOS, EOS = 1, 2
 WORDS = 8  # of an image

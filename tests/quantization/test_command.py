@@ -16,9 +16,8 @@ from accessory.cli import help_text
 from accessory.composition import check_composition
 from accessory.errors import UserError
 from accessory.flags import rewrite
-from accessory.quantization.job import command
-from accessory.quantization.job.command import QUANTIZE_FLAGS
-from accessory.quantization.options import Method, QuantizeConfig, Tuning
+from accessory.quantize_cli import QUANTIZE_FLAGS, quantize_main, without_foreign_words
+from accessory.quantize_options import Method, QuantizeConfig, Tuning
 from accessory.schema import to_typed
 from accessory.shipped import CONFIG_DIR
 
@@ -95,7 +94,7 @@ def test_unknown_and_missing_settings_are_told_in_a_line(words, message):
 
 
 def test_words_of_auto_round_that_mean_nothing_here_are_passed_over():
-    assert list(command.without_foreign_words(["--model", "m", "--disable_eval", "--platform", "hf", "--mllm"])) == [
+    assert list(without_foreign_words(["--model", "m", "--disable_eval", "--platform", "hf", "--mllm"])) == [
         "--model",
         "m",
     ]
@@ -103,7 +102,7 @@ def test_words_of_auto_round_that_mean_nothing_here_are_passed_over():
 
 def test_evaluation_is_another_command_and_the_line_names_it():
     with pytest.raises(UserError, match=r"--tasks: .*scripts/evaluate.py .*--tasks lambada_openai"):
-        list(command.without_foreign_words(["--model", "m", "--tasks", "x"]))
+        list(without_foreign_words(["--model", "m", "--tasks", "x"]))
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ def test_a_mistake_in_llmcs_yaml_is_one_line_and_exit_code_2(hf_folder, text, tm
 @pytest.mark.parametrize("words", [("--config_path", "nowhere.yml", "--help"), ("-h", "--config_path=nowhere.yml")])
 def test_help_is_printed_beside_llmcs_yaml_too(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quantize.py", *words])
-    command.quantize_main()
+    quantize_main()
     assert capsys.readouterr().out.startswith("usage: quantize.py")
 
 

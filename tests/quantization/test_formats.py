@@ -18,9 +18,9 @@ from accessory.bases import fingerprint, open_folder
 from accessory.errors import UserError
 from accessory.quantization import QuantLinear, block_linears, formats
 from accessory.quantization.int4 import Int4
-from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
 from accessory.quantization.stored import read_statement
+from accessory.quantize_options import Format
 
 Q_PROJ, V_PROJ, DOWN = (
     "model.layers.0.self_attn.q_proj",

@@ -30,8 +30,8 @@ from accessory.module import FinetuneModule, batch_loss
 from accessory.quantization import QuantLinear, block_linears, formats, rtn
 from accessory.quantization.dense import Dense
 from accessory.quantization.int4 import Int4, pack_codes, unpack_codes
-from accessory.quantization.options import Format
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import Format
 from accessory.sources import open_sources
 
 CPU = torch.device("cpu")

@@ -28,7 +28,8 @@ from accessory.quantization.job import quantize_base
 from accessory.quantization.job.plan import make_plan
 from accessory.quantization.job.work import Work
 from accessory.quantization.methods import gptq
-from accessory.quantization.options import (
+from accessory.quantization.packed import Scheme
+from accessory.quantize_options import (
     AutoRoundConfig,
     AwqConfig,
     CalibrationConfig,
@@ -37,7 +38,6 @@ from accessory.quantization.options import (
     Method,
     QuantizeConfig,
 )
-from accessory.quantization.packed import Scheme
 
 ROOT = Path(__file__).resolve().parents[2]
 NSAMPLES, SEQLEN = 8, 32

@@ -23,7 +23,7 @@ from torch import Tensor
 from accessory.config import ModelConfig
 from accessory.errors import UserError
 from accessory.quantization.llava import is_llava_type, quantize_llava
-from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
+from accessory.quantize_options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
 
 IMAGE_ID, IMAGE_WORDS = 3, 4  # of 28 x 28 pixels, in patches of 14
 QUANTIZED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

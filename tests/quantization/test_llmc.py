@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from accessory.config import LlamaType, ModelConfig, Precision
 from accessory.errors import UserError
 from accessory.quantization.llmc import read_llmc
-from accessory.quantization.options import (
+from accessory.quantize_options import (
     AwqConfig,
     CalibrationConfig,
     EvalPosition,

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from accessory.errors import UserError
 from accessory.models import build_model
 from accessory.quantization.job.schemes import default_scheme, output_formats, schemes_of
-from accessory.quantization.options import Method, QuantizeConfig
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import Method, QuantizeConfig
 
 DOWN = "model.layers.1.mlp.down_proj"
 

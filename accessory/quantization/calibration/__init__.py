@@ -26,7 +26,7 @@ from accessory.models.tokenizer import Tokenizer
 from accessory.quantization.calibration.rows import Cutter, Row, SourceReport
 from accessory.quantization.calibration.samples import Samples
 from accessory.quantization.calibration.sources import Request, parse_dataset
-from accessory.quantization.options import CalibrationConfig
+from accessory.quantize_options import CalibrationConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from accessory.data.prompts import encode
 from accessory.errors import UserError
 from accessory.models.tokenizer import Tokenizer
 from accessory.quantization.calibration.samples import Sample, Samples
-from accessory.quantization.options import CalibrationConfig
+from accessory.quantize_options import CalibrationConfig
 
 
 @dataclass

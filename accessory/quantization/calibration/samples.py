@@ -19,7 +19,7 @@ from accessory.data.sources import Entry
 from accessory.errors import UserError
 from accessory.models.tokenizer import Tokenizer
 from accessory.quantization.calibration.sources import IMAGE_KEYS, Part, Request, open_parts
-from accessory.quantization.options import CalibrationConfig
+from accessory.quantize_options import CalibrationConfig
 
 TRAINING_KEYS = ("conversations", "messages", "instruction", "output")  # beside a text, they are what counts
 STAND_IN = "."  # for an answer that is not wanted, as prompts are made with one; it is cut off again

@@ -21,7 +21,7 @@ from accessory.config import PromptType
 from accessory.data.sources import Entry, check_roots, image_folders, read_data_config, read_items
 from accessory.errors import UserError, first_line, suggest
 from accessory.json_text import parse_json
-from accessory.quantization.options import CalibrationConfig
+from accessory.quantize_options import CalibrationConfig
 
 SAMPLES_FILE = "samples.json"  # llmc's
 ENDINGS = (".txt", ".json", ".jsonl", ".csv")

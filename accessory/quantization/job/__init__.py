@@ -24,7 +24,7 @@ from accessory.quantization.job.result import (
     write_folder,
 )
 from accessory.quantization.job.work import TRANS, Work
-from accessory.quantization.options import QuantizeConfig
+from accessory.quantize_options import QuantizeConfig
 
 
 def quantize_base(config: QuantizeConfig) -> Path:

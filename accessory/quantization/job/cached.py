@@ -14,13 +14,13 @@ from pathlib import Path
 from filelock import FileLock
 from omegaconf import OmegaConf
 
+from accessory.child import child_environment
 from accessory.config import Config, QuantizationConfig, QuantMethod
 from accessory.errors import UserError
-from accessory.quantization.child import child_environment
 from accessory.quantization.job.plan import make_plan
 from accessory.quantization.job.result import damage
-from accessory.quantization.options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
 from accessory.quantization.setting import CALIBRATED
+from accessory.quantize_options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
 
 
 def calibrate_base(config: Config) -> Config:

@@ -19,9 +19,9 @@ from accessory.quantization.job.plan import Plan
 from accessory.quantization.job.streaming import Streamed
 from accessory.quantization.job.work import TRANS, Work
 from accessory.quantization.methods import Calibration, Chain, quantize_unit
-from accessory.quantization.options import Method
 from accessory.quantization.packed import Packed
 from accessory.quantization.setting import stored_backends
+from accessory.quantize_options import Method
 from accessory.shards import is_image_part
 from accessory.sources import Sources
 

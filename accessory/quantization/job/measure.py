@@ -23,7 +23,7 @@ from accessory.quantization import linear_weight
 from accessory.quantization.calibration import read_calibration
 from accessory.quantization.job.flow import Flow, Hidden
 from accessory.quantization.job.plan import Plan
-from accessory.quantization.options import EvalPosition
+from accessory.quantize_options import EvalPosition
 from accessory.sources import open_sources
 
 

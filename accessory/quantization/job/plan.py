@@ -23,8 +23,8 @@ from accessory.quantization.calibration import read_calibration
 from accessory.quantization.int4 import Int4
 from accessory.quantization.job.schemes import block_linear_shapes, output_formats, schemes_of
 from accessory.quantization.methods.autoround import RECIPES, require_auto_round
-from accessory.quantization.options import Format, Method, QuantizeConfig
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import Format, Method, QuantizeConfig
 from accessory.shards import EMBEDDING, is_image_part
 from accessory.sources import Sources, open_sources
 from accessory.strategies import DTYPES

@@ -21,7 +21,7 @@ from accessory.models import build_model, describe_vision, read_json
 from accessory.quantization import formats
 from accessory.quantization.job.flow import Flow, Hidden
 from accessory.quantization.job.plan import Plan
-from accessory.quantization.options import Format, Method, QuantizeConfig
+from accessory.quantize_options import Format, Method, QuantizeConfig
 from accessory.shards import is_image_part
 from accessory.sources import open_sources
 from accessory.weights import layered, read_tensor, weight_places

@@ -16,8 +16,8 @@ from accessory.models import read_json
 from accessory.models.llama import Block, Llama
 from accessory.models.qformer import CastLinear, QFormerLlama
 from accessory.quantization.formats import check_layout
-from accessory.quantization.options import Format, Method, QuantizeConfig
 from accessory.quantization.packed import BITS, Scheme
+from accessory.quantize_options import Format, Method, QuantizeConfig
 
 SCHEME_KEYS = ("bits", "group_size", "sym")
 _PRESET = re.compile(r"W(\d+)A16(?:G(\d+))?", re.IGNORECASE)  # auto-round's names: W4A16, W2A16G64

@@ -28,19 +28,19 @@ from torch import nn
 
 import accessory
 from accessory.bases import CONFIG_FILE, safetensors_files
+from accessory.child import child_environment
 from accessory.errors import UserError, first_line
 from accessory.export import check_target
 from accessory.files import atomic_folder
 from accessory.models import find_device, read_json
-from accessory.quantization.child import child_environment
 from accessory.quantization.job.plan import fill_defaults
 from accessory.quantization.job.result import MANIFEST_FILE
 from accessory.quantization.job.schemes import assign_schemes, default_scheme, output_formats
 from accessory.quantization.llava.rows import calibration_rows, image_id_of
 from accessory.quantization.llava.tuning import Job
 from accessory.quantization.methods.autoround import require_auto_round
-from accessory.quantization.options import Format, Method, QuantizeConfig
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import Format, Method, QuantizeConfig
 
 METHODS = (Method.autoround, Method.rtn, Method.int8)
 FORMATS = (Format.auto_round, Format.auto_gptq)

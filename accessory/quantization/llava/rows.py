@@ -15,7 +15,7 @@ from accessory.models.tokenizer import Tokenizer
 from accessory.quantization.calibration import read_calibration
 from accessory.quantization.calibration.sources import open_parts, parse_dataset
 from accessory.quantization.job.plan import CHECK_ROWS, CHECK_TOKENS
-from accessory.quantization.options import Method, QuantizeConfig
+from accessory.quantize_options import Method, QuantizeConfig
 
 
 def image_id_of(model: nn.Module) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from accessory.quantization.methods.autoround import packed_linear, refuse_other_options
-from accessory.quantization.options import Format, Precision, QuantizeConfig
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import Format, Precision, QuantizeConfig
 
 ROUNDING = 2**-7  # bf16's, with room: between a tuned weight and its whole numbers times the scale, or their outputs
 

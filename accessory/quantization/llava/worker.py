@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from accessory.bases import CONFIG_FILE
+from accessory.child import end_with_parent
 from accessory.data.images import ImageProblem, read_image
 from accessory.data.packing import IGNORE, IMAGE_SLOT
 from accessory.errors import UserError
 from accessory.hf_files import ShardWriter
 from accessory.models import read_json
 from accessory.quantization import formats, rtn
-from accessory.quantization.child import end_with_parent
 from accessory.quantization.job.memory import PeakMemory
 from accessory.quantization.job.streaming import refuse_not_finite
 from accessory.quantization.llava.tuning import ROUNDING, Job, tune
-from accessory.quantization.options import Format, Method, Precision, QuantizeConfig
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import Format, Method, Precision, QuantizeConfig
 
 MEASURED = 16  # rows that the perplexity is taken on
 # Between logits in memory and reloaded, of their spread: 16-bit rounding of many layers, whose parts are compared at

@@ -18,7 +18,7 @@ from accessory.config import LlamaType, ModelConfig
 from accessory.errors import UserError, first_line, suggest
 from accessory.quantization.calibration.sources import SAMPLES_FILE
 from accessory.quantization.llmc.keys import DTYPES, GROUPS, KEYS, PREPROC, REQUIRED
-from accessory.quantization.options import (
+from accessory.quantize_options import (
     AwqConfig,
     CalibrationConfig,
     EvalPosition,

@@ -10,7 +10,7 @@ from typing import Any
 
 from accessory.config import Precision
 from accessory.errors import suggest
-from accessory.quantization.options import EvalPosition
+from accessory.quantize_options import EvalPosition
 
 DTYPES = {"auto": None, "float16": Precision.fp16, "bfloat16": Precision.bf16, "float32": Precision.tf32}
 # llmc's families that are no LLaMA inside, or a LLaMA behind another vision model. Any other word is taken as a name:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from accessory.quantization import rtn
 from accessory.quantization.methods import awq, gptq
-from accessory.quantization.options import GptqConfig, Method, QuantizeConfig
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import GptqConfig, Method, QuantizeConfig
 
 
 class Chain(nn.ModuleList):

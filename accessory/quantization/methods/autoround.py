@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from accessory.errors import UserError
 from accessory.quantization.methods import Calibration, Chain
-from accessory.quantization.options import QuantizeConfig, ScaleDtype, Tuning
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import QuantizeConfig, ScaleDtype, Tuning
 
 # nsamples, iters, lr, seqlen of auto-round's recipes; None: as unset
 RECIPES = {

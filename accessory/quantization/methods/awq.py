@@ -31,8 +31,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2EncoderLayer
 
 from accessory.models.llama import Block
 from accessory.quantization import rtn
-from accessory.quantization.options import AwqConfig, TransVersion
 from accessory.quantization.packed import Scheme
+from accessory.quantize_options import AwqConfig, TransVersion
 
 LEAST_SCALE = 1e-4
 ROWS = 512  # of a weight that are clipped at a time: bounds the temporaries

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from accessory.errors import UserError
 from accessory.quantization import rtn
-from accessory.quantization.options import GptqConfig
 from accessory.quantization.packed import Packed, Scheme
+from accessory.quantize_options import GptqConfig
 
 
 class Hessian:

@@ -12,12 +12,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from accessory.child import end_with_parent
 from accessory.cli import launch, run_command
 from accessory.composition import parse_override
 from accessory.errors import UserError, first_line
 from accessory.flags import MODEL_FLAGS, Flag, rewrite
-from accessory.quantization.child import end_with_parent
-from accessory.quantization.options import QuantizeConfig
+from accessory.folders import require_folders
+from accessory.quantize_options import QuantizeConfig
 from accessory.schema import to_typed
 
 LLMC_FLAG = "--config_path"
@@ -101,6 +102,7 @@ def _job(node: DictConfig) -> None:
 
 
 def _quantize(config: QuantizeConfig) -> None:
+    require_folders(config.model.pretrained_path)
     from accessory.quantization.job import quantize_base
     from accessory.quantization.llava import is_llava_type, quantize_llava
 
