@@ -177,7 +177,7 @@ def _agree_on_graphs(fast: Fast) -> None:
     everywhere = all(gather("graphs" in fast.active))
     if "graphs" in fast.active and not everywhere:
         fast.active.discard("graphs")
-        fast.why_not["graphs"] = "another rank's GPU has no memory for them"
+        fast.why_not["graphs"] = "another rank does without them"
 
 
 def _keep_attention(fast: Fast, config: Config, model: Llama) -> None:

@@ -18,7 +18,7 @@ from accessory.models.llama import Llama, Segments
 from accessory.models.loss import summed_cross_entropy
 from accessory.optim import make_optimizer, make_scheduler
 from accessory.quantization import linear_weight
-from accessory.strategies import gather
+from accessory.strategies import Vote, gather
 from accessory.tuning.recipe import canonical_name, trainable_state
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class FinetuneModule(LightningModule):
         self.graphed: Optional[GraphedLoss] = None  # forward and backward as one CUDA graph
         self.log_of_steps = StepLog()
         self._pending: Optional[StepFigures] = None  # of the newest step, until `settle`
+        self._vote: Optional[Vote] = None  # on whether to stop, of ranks with graphs
         self._unreadable: set[str] = set()  # images that could not be read any more; at the end those of all ranks
 
     def train(self, mode: bool = True) -> "FinetuneModule":
@@ -87,6 +88,9 @@ class FinetuneModule(LightningModule):
     def _graphed_share(self, batch: dict[str, Any]) -> Tensor:
         if not self._micro:  # the first of an optimizer step
             self.graphed.zero()
+        if self.trainer.world_size > 1:
+            self._vote = self._vote or Vote(self.device)
+            self._vote.ask(self.stop_wanted)
         scale = torch.tensor(1 / batch["answer_tokens"])  # on the CPU: the graph's input takes it without waiting
         return self.graphed({name: batch[name] for name in GRAPH_INPUTS if name in batch} | {"scale": scale})
 
@@ -120,7 +124,7 @@ class FinetuneModule(LightningModule):
         trainables = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trainables, limit)
         loss = torch.stack([loss for loss, _ in self._micro]).sum()
-        loss = self._reduce(loss[None])[0]  # first: so that all ranks stop, or none
+        loss = self._sum_and_agree(loss[None])[0]  # first: so that all ranks stop, or none
         self.settle()
         step = StepFigures(self.global_step, self.current_epoch, self._micro)
         step.send(loss, norm)
@@ -151,14 +155,22 @@ class FinetuneModule(LightningModule):
         if not math.isfinite(loss + norm) and not self._is_overflow(loss):
             self._stop_non_finite(step, norm)
 
+    def _sum_and_agree(self, values: Tensor) -> Tensor:
+        """As `_reduce`; with graphs it waits for no more than the beginning of the last micro-batch."""
+        if self._vote is None:
+            return self._reduce(values)
+        torch.distributed.all_reduce(values)
+        self.stop_agreed = self._vote.answer()
+        return values
+
     def _reduce(self, values: Tensor) -> Tensor:
         """[n] -> [n], the sum over ranks; on the way they agree whether to stop. So every rank has to come here equally
         often: once an optimizer step, once a validation, with fsdp once a batch of it."""
         if self.trainer.world_size == 1:
             self.stop_agreed = self.stop_wanted
             return values
-        wanted = values.new_full((1,), float(self.stop_wanted))
-        total = self.trainer.strategy.reduce(torch.cat([values, wanted]), reduce_op="sum")
+        total = torch.cat([values, values.new_full((1,), float(self.stop_wanted))])
+        torch.distributed.all_reduce(total)  # Lightning's has the host wait at a barrier first
         self.stop_agreed = total[-1].item() > 0
         return total[:-1]
 

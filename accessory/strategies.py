@@ -60,6 +60,38 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+class Vote:
+    """Whether any rank wants something, found out while a GPU computes: to read it off the stream that computes would
+    be to wait for all that is on it."""
+
+    def __init__(self, device: torch.device):
+        self._told = torch.zeros(1, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._read = torch.zeros(1, pin_memory=self._stream is not None)
+        self._ready = torch.cuda.Event() if self._stream is not None else None
+
+    def ask(self, wanted: bool) -> None:
+        """Comes before what is to be computed meanwhile; on every rank equally often."""
+        if self._ready is not None:
+            torch.cuda.current_stream().wait_event(self._ready)  # the last answer is read
+        self._told.fill_(wanted)
+        work = torch.distributed.all_reduce(self._told, async_op=True)
+        if self._stream is None:
+            work.wait()
+            return
+        with torch.cuda.stream(self._stream):
+            work.wait()
+            self._read.copy_(self._told, non_blocking=True)
+            self._ready.record()
+
+    def answer(self) -> bool:
+        """Of the newest question; waits until every rank has asked it, and this one's GPU has come to it."""
+        if self._ready is None:
+            return self._told.item() > 0
+        self._ready.synchronize()
+        return self._read.item() > 0
+
+
 def join_ranks(world: World) -> None:
     """Let the ranks talk to each other, from here until the process ends."""
     if world.size == 1 or torch.distributed.is_initialized():

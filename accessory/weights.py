@@ -81,7 +81,7 @@ def weight_places(model: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
         def store(tensor: Union[Tensor, Packed]) -> None:
             tensor = tensor.dequantize(as_dtype) if isinstance(tensor, Packed) else tensor
-            value = tensor.to(device=device, dtype=as_dtype, copy=True)
+            value = tensor.to(device=device, dtype=as_dtype, copy=True).contiguous()  # a file's may be transposed
             setattr(module, leaf, nn.Parameter(value, requires_grad=trains))
 
         return store

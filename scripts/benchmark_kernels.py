@@ -64,9 +64,9 @@ def pointwise_cases(model: str, tokens: int) -> Iterator[tuple[str, Call, Call, 
         function = getattr(pointwise, name)
         yield f"{name} {tokens}", partial(function, *given), partial(torch.compile(function.plain), *given), moved
     t, b, side_by_side = random(tokens, 16), random(f, 16), random(tokens, 2 * f)
-    added = t, b, gate_up[0, :f], side_by_side[:, :f]
-    plain = partial(linears.adapter_.plain, *added)
-    yield f"adapter_ {tokens}", partial(linears.adapter_, *added), plain, t.nbytes + b.nbytes + dh.nbytes
+    bias, out = gate_up[0, :f], side_by_side[:, :f]
+    plain = partial(torch.addmm, bias, t, b.T, out=out)
+    yield f"adapter_ {tokens}", partial(linears.adapter_, t, b, bias, out), plain, t.nbytes + b.nbytes + dh.nbytes
 
 
 def weight_cases(model: str) -> Iterator[tuple[str, Call, Call, int]]:

@@ -4,6 +4,8 @@ GPU runs, and two GPUs run the real one."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from test_finetune import (
 from test_module import update_distance
 
 from accessory import fast as fast_parts
-from accessory.errors import UserError
+from accessory.errors import Interrupted, UserError
 from accessory.figures import StepFigures, StepLog
 from accessory.finetune import finetune
 from accessory.fused.graph import GraphedLoss
@@ -103,24 +105,54 @@ def test_a_run_begun_without_graphs_goes_on_with_them_and_the_other_way_round(
         torch.testing.assert_close(tensor, tuned[name], rtol=1e-3, atol=1e-5)
 
 
-def run_on_this_rank(base: Path, data: Path, out: Path, graphs: bool) -> None:
-    """Micro-batches of one item, two to a step on each of two ranks; of the last step's, one rank has none."""
-    changes = {"train.batch_size": 1, "train.accum_iter": 2, "train.max_steps": 3, "fast.graphs": graphs}
+def run_on_this_rank(base: Path, data: Path, out: Path, graphs: bool, stop: int = 0) -> list[bool] | str:
+    """Micro-batches of one item, two to a step on each of two ranks; of the last step's, one rank has none. stop: the
+    micro-batch in which rank 1 is told to stop. Returns for each micro-batch whether its graph was there already; or
+    what a run that was stopped says."""
+    changes = {"train.batch_size": 1, "train.accum_iter": 2, "train.max_steps": 4}
+    changes |= {"fast.graphs": graphs, "fast.padding_free": True}  # as a GPU has it: all micro-batches have one shape
+    called = []
     with pytest.MonkeyPatch.context() as patch:
         if graphs and not torch.cuda.is_available():
             pretend_graphs(patch)
-        run(base, data, out, **changes)
+        original = GraphedLoss.__call__
+
+        def loss(self, batch):
+            called.append(bool(self._captured))
+            if len(called) == stop and torch.distributed.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, batch)
+
+        patch.setattr(GraphedLoss, "__call__", loss)
+        try:
+            run(base, data, out, **changes)
+        except Interrupted as told:
+            return told.message
+    return called
 
 
 def test_ranks_with_graphs_sum_their_gradients_as_those_without_do(meta_folder, tmp_path):
     data = short_data(tmp_path / "data", alpaca_items(9))
     for name, graphs in (("graphs", True), ("plain", False)):
-        for rank in run_ranks(run_on_this_rank, meta_folder, data, tmp_path / name, graphs):
-            assert not isinstance(rank, BaseException), rank
+        for called in run_ranks(run_on_this_rank, meta_folder, data, tmp_path / name, graphs):
+            assert not isinstance(called, BaseException), called
+            assert len(called) == (8 if graphs else 0) and any(called) == (graphs and torch.cuda.is_available())
     for figure in ("loss", "grad_norm", "val_loss"):
         expected = logged(tmp_path / "plain", figure)
         assert expected and logged(tmp_path / "graphs", figure) == pytest.approx(expected, rel=1e-5)
     assert update_distance(tmp_path / "plain", tmp_path / "graphs", meta_folder) < 1e-4
+
+
+def test_ranks_with_graphs_stop_after_the_same_step_and_go_on_to_the_same_bits(meta_folder, tmp_path):
+    """Told in the first micro-batch of the third step, the second one's question tells the other rank."""
+    data = short_data(tmp_path / "data", alpaca_items(9))
+    told = run_ranks(run_on_this_rank, meta_folder, data, tmp_path / "stopped", True, 5)
+    saved = tmp_path / "stopped" / "checkpoints" / "step-00000003"
+    assert told == [f"stopped by SIGTERM after step 3; saved {saved}; the same command continues"] * 2
+    for name in ("stopped", "whole"):
+        for called in run_ranks(run_on_this_rank, meta_folder, data, tmp_path / name, True):
+            assert not isinstance(called, BaseException), called
+    assert_same_bits(trainables(tmp_path / "stopped"), trainables(tmp_path / "whole"))
 
 
 def test_graphs_are_used_on_all_ranks_or_on_none(monkeypatch):

@@ -59,12 +59,13 @@ def test_what_is_found_in_the_folders_is_marked_as_trainable_and_the_base_is_not
 
 
 def test_lora_of_a_folder_that_names_no_recipe_is_found_with_its_rank_and_a_scale_of_one(tmp_path):
-    """LLaMA2-Accessory's output: no alpha anywhere, y = W x + B A x."""
+    """LLaMA2-Accessory's output: no alpha anywhere, y = W x + B A x. B is stored by columns, but held by rows: gradients
+    are."""
     weights = meta_weights()
     torch.save(weights, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(4, 64, generator=g), torch.randn(192, 4, generator=g)
+    a, b = torch.randn(4, 64, generator=g), torch.randn(4, 192, generator=g).T
     (tmp_path / "lora").mkdir()
     name = "layers.0.feed_forward.w3"
     update = {f"llma.{name}.lora_a.weight": a, f"llma.{name}.lora_b.weight": b}
@@ -79,6 +80,7 @@ def test_lora_of_a_folder_that_names_no_recipe_is_found_with_its_rank_and_a_scal
     (merged / "params.json").write_text(json.dumps(PARAMS))
     found = accessory.load_model([tmp_path, tmp_path / "lora"])
     torch.testing.assert_close(logits_of(found), logits_of(accessory.load_model([merged])), rtol=0, atol=1e-5)
+    assert all(p.is_contiguous() for p in found.parameters())
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

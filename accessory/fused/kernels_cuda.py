@@ -190,30 +190,27 @@ def norm_backward(
 
 @triton.jit
 def _adapter(
-    t, b, bias, out, tokens, rows, rank, t_stride, out_stride, has_bias: tl.constexpr, ranks: tl.constexpr,
-    height: tl.constexpr, width: tl.constexpr,
+    t, b, bias, out, tokens, rows, rank, t_stride, out_stride, ranks: tl.constexpr, height: tl.constexpr,
+    width: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height)[:, None]
     row = tl.program_id(1).to(tl.int64) * width + tl.arange(0, width)[None, :]
-    total = tl.zeros((height, width), tl.float32)
-    for first in range(0, rank, ranks):
-        k = first + tl.arange(0, ranks)
-        left = tl.load(t + token * t_stride + k[None, :], mask=(token < tokens) & (k[None, :] < rank), other=0.0)
-        right = tl.load(b + row * rank + k[:, None], mask=(row < rows) & (k[:, None] < rank), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    if has_bias:
-        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    k = tl.arange(0, ranks)
+    left = tl.load(t + token * t_stride + k[None, :], mask=(token < tokens) & (k[None, :] < rank), other=0.0)
+    right = tl.load(b + row * rank + k[:, None], mask=(row < rows) & (k[:, None] < rank), other=0.0)
+    total = tl.dot(left, right, out_dtype=tl.float32) + tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(out + token * out_stride + row, total.to(out.dtype.element_ty), mask=(token < tokens) & (row < rows))
 
 
-def adapter_(t: Tensor, b: Tensor, bias: Optional[Tensor], out: Tensor) -> Tensor:
-    """As linears.adapter_."""
+def adapter_(t: Tensor, b: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """As linears.adapter_, in 16 bit; b: contiguous, of 64 ranks at most. PyTorch writes the bias to a slice first, and
+    reads it again to add to it."""
     (tokens, rows), rank = out.shape, b.shape[1]
     height, width = 64, 128
     with torch.cuda.device_of(t):
         _adapter[(triton.cdiv(tokens, height), triton.cdiv(rows, width))](
-            t, b, b if bias is None else bias, out, tokens, rows, rank, t.stride(0), out.stride(0), bias is not None,
-            min(64, max(16, triton.next_power_of_2(rank))), height, width,
+            t, b, bias, out, tokens, rows, rank, t.stride(0), out.stride(0), max(16, triton.next_power_of_2(rank)),
+            height, width,
         )  # fmt: skip
     return out
 
@@ -223,8 +220,7 @@ def try_out() -> None:
     x = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
     one = torch.ones(1, 1, device="cuda")
     rotate_(x.view(1, 1, 16).clone(), x, x, 1)
-    for bias in (None, x[0]):
-        adapter_(x, x.repeat(16, 1), bias, x.clone())
+    adapter_(x, x.repeat(16, 1), x[0], x.clone())
     for summed in (False, True):
         norm_backward(x, x, one, torch.ones(16, device="cuda"), x, summed)
         swiglu_backward_(x.repeat(1, 2), x, summed)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from accessory.fused.pointwise import kernel_on_gpu
 from accessory.quantization import QuantLinear
 
 
@@ -34,7 +33,7 @@ class Part:
     ranks: Optional[slice] = None
 
 
-MAX_RANK = 64  # what the kernels add to a weight
+MAX_RANK = 64  # what the kernels add to a weight, or multiply beside others
 STACKED = 2**28  # numbers of several linears' weights together at most; gate and up of a 70B model have 470 million
 FOLD_FROM = 4096  # tokens; below, adding the adapter's product to y and dx is cheaper than adding it to the weight
 
@@ -187,12 +186,15 @@ class Group:
         return [(i, part) for i, part in enumerate(self.parts) if part.a is not None]
 
 
-@kernel_on_gpu
 def adapter_(t: Tensor, b: Tensor, bias: Optional[Tensor], out: Tensor) -> Tensor:
-    """t: [m, r], b: [n, r], bias: [n] -> t b^T + bias, written to out, [m, n]; rows of t and out may be apart.
+    """t: [m, r], b: [n, r], bias: [n] -> t b^T + bias, written to out, [m, n]; rows of t and out may be apart."""
+    if bias is None:
+        return torch.mm(t, b.T, out=out)
+    if t.is_cuda and t.element_size() == 2 and b.shape[1] <= MAX_RANK:
+        from accessory.fused import kernels_cuda  # Triton need not be installed elsewhere
 
-    Where they are, PyTorch writes the bias to `out` first, and reads it again."""
-    return torch.mm(t, b.T, out=out) if bias is None else torch.addmm(bias, t, b.T, out=out)
+        return kernels_cuda.adapter_(t, b, bias, out)
+    return torch.addmm(bias, t, b.T, out=out)
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
