@@ -59,8 +59,8 @@ def test_what_is_found_in_the_folders_is_marked_as_trainable_and_the_base_is_not
 
 
 def test_lora_of_a_folder_that_names_no_recipe_is_found_with_its_rank_and_a_scale_of_one(tmp_path):
-    """LLaMA2-Accessory's output: no alpha anywhere, y = W x + B A x. B is stored by columns, but held by rows: gradients
-    are."""
+    """LLaMA2-Accessory's output: no alpha anywhere, y = W x + B A x. B is stored by columns, but held by rows, as
+    gradients are."""
     weights = meta_weights()
     torch.save(weights, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
