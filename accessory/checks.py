@@ -107,6 +107,7 @@ def _data(data: DataConfig) -> list[Check]:
         (data.num_workers < 0, f"--num_workers {data.num_workers}: must not be negative"),
         (data.max_words < 2, f"--max_words {data.max_words}: must be at least 2"),
         (not 0 <= data.val_fraction < 1, f"data.val_fraction={data.val_fraction}: must be in [0, 1)"),
+        (data.val_items is not None and data.val_items < 1, f"data.val_items={data.val_items}: must be at least 1"),
     ]
 
 

@@ -157,6 +157,8 @@ class DataConfig:
     """Data YAML of the validation split; unset: val_fraction of the training data."""
     val_fraction: float = 0.01
     """Share of the training data held out for validation when val_config is unset (0: none)."""
+    val_items: Optional[int] = None
+    """Validate on no more than so many items, taken evenly from all of the split; unset: on all."""
     dialog: bool = False
     """Items are conversations: {"conversations": [{"from": "human", "value": …}, …]}."""
     max_words: int = 512
@@ -226,7 +228,7 @@ class FastConfig:
     compile: Optional[bool] = None
     """torch.compile the decoder blocks, one by one, where `blocks` does not apply."""
     graphs: Optional[bool] = None
-    """Launch forward and backward of a micro-batch as one CUDA graph (one GPU)."""
+    """Launch forward and backward of a micro-batch as one CUDA graph (one GPU, or several with sdp)."""
     offload: Optional[bool] = None
     """Keep the inputs of blocks, and the residuals of those that are not recomputed, in host memory: copied beside the
     computation, a fifth of the activations less. Unset: on a GPU where a step does not fit otherwise, before any block

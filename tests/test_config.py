@@ -37,6 +37,7 @@ from accessory.errors import UserError, suggest
         ({"optim": OptimConfig(warmup_epochs=-1.0)}, "--warmup_epochs -1.0: must not be negative"),
         ({"data": DataConfig(max_words=1)}, "--max_words 1: must be at least 2"),
         ({"data": DataConfig(val_fraction=1.0)}, r"data.val_fraction=1.0: must be in \[0, 1\)"),
+        ({"data": DataConfig(val_items=0)}, "data.val_items=0: must be at least 1"),
         ({"save": SaveConfig(epoch_interval=0)}, "--save_interval 0: must be at least 1"),
         ({"save": SaveConfig(step_interval=0)}, "--save_iteration_interval 0: must be at least 1"),
         ({"save": SaveConfig(keep=0)}, "save.keep=0: must be at least 1"),

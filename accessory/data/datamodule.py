@@ -196,6 +196,9 @@ class DataModule(LightningDataModule):
             order = np.random.default_rng(seed).permutation(len(items))
             self.val_items = items.select(np.sort(order[:held_out]))
             self.train_items = items.select(np.sort(order[held_out:]))
+        if self.val_items and config.val_items is not None and config.val_items < len(self.val_items):
+            evenly = np.arange(config.val_items) * len(self.val_items) // config.val_items
+            self.val_items = self.val_items.select(evenly)
         shared = {"batch_size": batch_size, "world_size": world_size, "max_words": config.max_words, "seed": seed}
         self.train_plan = self._plan(self.train_items, accum_iter=accum_iter, shuffle=True, **shared)
         self.val_plan = self._plan(self.val_items, accum_iter=1, shuffle=False, **shared) if self.val_items else None

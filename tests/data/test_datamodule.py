@@ -212,6 +212,17 @@ def test_val_fraction_0_means_no_validation(config, tokenizer):
     assert len(module.val_dataloader()) == 0
 
 
+def test_a_limit_takes_validation_items_evenly_and_leaves_training_as_it_is(config, tokenizer, tmp_path):
+    config.val_config = str(write_data(tmp_path / "val", alpaca_items(25)))
+    whole = DataModule(config, tokenizer, 4, 1, 1, 0, seed=0)
+    for limit, expected in ((4, [0, 6, 12, 18]), (25, range(25)), (99, range(25))):
+        config.val_items = limit
+        module = DataModule(config, tokenizer, 4, 1, 1, 0, seed=0)
+        assert module.val_items["input_ids"][:] == [whole.val_items[i]["input_ids"] for i in expected]
+        assert sorted(i for batch in module.val_dataloader() for i in batch["items"]) == list(range(len(expected)))
+        assert len(module.train_items) == 40 and module.train_plan.rows == whole.train_plan.rows
+
+
 def test_answer_loader_gives_every_item_once_by_length(config, tokenizer):
     drawn = [i for batch in answer_loader(config, tokenizer, batch_size=6) for i in batch["items"]]
     lengths = open_dataset(config.data_config, config, tokenizer)[0]["length"]
