@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
@@ -22,14 +23,17 @@ from accessory.errors import Interrupted, OwnError, UserError
 from accessory.flags import FINETUNE_FLAGS, Flag, adopt_lora_settings, rewrite
 from accessory.folders import require_folders
 from accessory.schema import describe, to_typed
-from accessory.shipped import CONFIG_DIR, group_options
+from accessory.shipped import CONFIG_DIR, group_options, groups_of
+
+PATIENCE = 20  # seconds in which the first rank of a machine will have met the same mistake
 
 
-def help_text(program: str, flags: list[Flag], schema: type) -> str:
+def help_text(program: str, flags: list[Flag], schema: type, groups: Collection[str] = (), note: str = "") -> str:
+    """groups: that the command has; note: a line below the usage."""
     rows = {key: (default, meaning) for key, default, meaning in describe(schema)}
-    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if group_options(p.name)]
     lines = [
-        f"usage: {program} [--flag value …] [key=value …] [group=option …]",
+        f"usage: {program} [--flag value …] [key=value …]" + " [group=option …]" * bool(groups),
+        *([note] if note else []),
         "",
         "Flags (LLaMA2-Accessory's names):",
     ]
@@ -37,8 +41,9 @@ def help_text(program: str, flags: list[Flag], schema: type) -> str:
         default, meaning = rows.get(flag.key, (None, f"same as {flag.key}={flag.kind}"))
         value = {"value": " VALUE", "list": " VALUE …"}.get(flag.kind, "")
         lines += [f"  --{flag.name + value:<32} {meaning}"]
-    lines += ["", "Groups:"]
-    lines += [f"  {group:<14} {' | '.join(group_options(group))}" for group in groups]
+    if groups:
+        lines += ["", "Groups:"]
+        lines += [f"  {group:<14} {' | '.join(group_options(group))}" for group in groups]
     lines += ["", "Keys (default): override as key=value:"]
     for key, (default, meaning) in rows.items():
         shown = getattr(default, "value", default)
@@ -61,20 +66,33 @@ def run_command(main: Callable[[], Any]) -> None:
             print(stop.message, file=sys.stderr, flush=True)
         sys.exit(stop.code)
     except UserError as error:
-        first = int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if first or isinstance(error, OwnError):
-            if sys.stderr.isatty():
-                print(file=sys.stderr)  # off the line of a progress bar
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(str(error), alone=isinstance(error, OwnError))
+        sys.exit(2)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _tell(f"{error.filename}: {error.strerror}", alone=True)
         sys.exit(2)
 
 
-def launch(config_name: str, flags: list[Flag], schema: type, job: Callable[[DictConfig], None]) -> None:
-    """Rewrite sys.argv, check it, and hand over to Hydra."""
+def _tell(mistake: str, alone: bool) -> None:
+    """One line, once for all ranks of a machine; alone: of a mistake that only this one has met."""
+    if alone or int(os.environ.get("RANK", 0)) == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # off the line of a progress bar
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PATIENCE)  # torchrun ends all ranks when one has ended, and the first has yet to tell
+
+
+def launch(
+    config_name: str, flags: list[Flag], schema: type, job: Callable[[DictConfig], None], note: str = ""
+) -> None:
+    """Rewrite sys.argv, check it, and hand over to Hydra. note: for --help."""
 
     def main() -> None:
         if any(word in ("--help", "-h") for word in sys.argv[1:]):
-            print(help_text(Path(sys.argv[0]).name, flags, schema))
+            print(help_text(Path(sys.argv[0]).name, flags, schema, groups_of(config_name), note))
             return
         words = rewrite(sys.argv[1:], flags)
         has_recipe = "recipe" in (item.name for item in fields(schema))

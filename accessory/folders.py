@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,17 +10,40 @@ from accessory.errors import UserError
 
 
 def base_folder(path: str | Path) -> Path:
-    """The folder that --pretrained_path names; UserError where there is none."""
+    """The folder that --pretrained_path names; UserError where there is none that can be read."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        near = f"; {folder.parent} holds {listing(folder.parent)}" if folder.parent.is_dir() else ""
-        raise UserError(f"--pretrained_path {path}: no such folder{near}")
-    return folder
+    if not str(path):
+        raise UserError("--pretrained_path is empty: name the base's folder, then the trainables'")
+    try:
+        if folder.is_dir():
+            next(folder.iterdir(), None)
+            return folder
+        if folder.exists():
+            raise UserError(f"--pretrained_path {path}: is a file; name its folder, {folder.parent}")
+    except OSError as error:
+        raise UserError(f"--pretrained_path {path}: cannot be read ({error.strerror})") from None
+    raise UserError(f"--pretrained_path {path}: no such folder{_nearest(folder) or _no_download(str(path))}")
 
 
 def require_folders(paths: Iterable[str]) -> None:
     for path in paths:
         base_folder(path)
+
+
+def _nearest(folder: Path) -> str:
+    """Folders with a name like this one's, beside where it would be."""
+    try:
+        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(str(folder.parent / name) for name in close)}?)" if close else ""
+
+
+def _no_download(path: str) -> str:
+    """For a name as the Hub's repositories have it."""
+    is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return "; nothing is downloaded: download it, and name the folder that it is in" if is_name else ""
 
 
 def listing(folder: Path, limit: int = 8) -> str:

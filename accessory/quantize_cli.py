@@ -91,7 +91,8 @@ def quantize_main() -> None:
     if is_llmc and not {"--help", "-h"} & set(sys.argv[1:]):
         run_command(lambda: _quantize(_from_llmc(sys.argv[1:])))
     else:
-        launch("quantize", QUANTIZE_FLAGS, QuantizeConfig, lambda node: run_command(lambda: _job(node)))
+        note = f"   or: {Path(sys.argv[0]).name} {LLMC_FLAG} FILE [--flag value …] [key=value …], with llmc's YAML"
+        launch("quantize", QUANTIZE_FLAGS, QuantizeConfig, lambda node: run_command(lambda: _job(node)), note)
 
 
 def _job(node: DictConfig) -> None:

@@ -19,6 +19,7 @@ def run_settings(config: Config, sources: Sources, data: DataModule, world: Worl
     """What decides a run's numbers: a resumed run must agree on all of it."""
     settings = sources.identity | {
         "val_fraction": config.data.val_fraction,
+        "val_items": config.data.val_items,
         "quantization": asdict(trained_with(config.quantization)),
         "recipe": asdict(config.recipe),
         "max_words": config.data.max_words,

@@ -51,7 +51,9 @@ def describe_run(
     steps = plan.steps * train.epochs
     steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
     method, bits = config.quantization.method.value, 8 * size / weights
-    validating = len(data.val_items) if data.val_items is not None else 0
+    validating = f"{len(data.val_items) if data.val_items is not None else 0:,}"
+    if data.val_items is not None and len(data.val_items) < data.held_out:
+        validating += f" of {data.held_out:,}"
     unit = "packed rows" if config.data.packing else "items"
     split = f"{train.batch_size} rows x {train.accum_iter} micro-batches x {world.size} device(s)"
     rows = [
@@ -60,7 +62,7 @@ def describe_run(
         ("", f"({bits:.2f} bits a weight); compute in {train.precision.value}"),
         ("trains", f"{config.recipe.name}: {kinds} = {trainable:,} ({100 * trainable / total:.2f} %), fp32"),
         ("data", data.train_report.line()),
-        ("", f"training on {len(data.train_items):,}, validating on {validating:,}"),
+        ("", f"training on {len(data.train_items):,}, validating on {validating}"),
         ("batch", f"{split} = {plan.rows_per_step} {unit}, about {plan.lengths.sum() / plan.steps:,.0f} tokens a step"),
         ("steps", f"{steps:,} ({plan.steps:,} an epoch, {train.epochs} epochs), lr {optim.lr:g} -> {optim.min_lr:g}"),
         ("device", f"{world.device} x {world.size}, {config.strategy.data_parallel.value}"),

@@ -16,7 +16,7 @@ from conftest import alpaca_items, write_data
 from hydra import compose, initialize_config_dir
 
 import accessory
-from accessory.cli import finetune_main, run_command
+from accessory.cli import finetune_main, help_text, run_command
 from accessory.composition import check_composition
 from accessory.config import (
     Config,
@@ -33,8 +33,10 @@ from accessory.data.sources import read_data_config
 from accessory.errors import OwnError, UserError
 from accessory.estimate_cli import EstimateConfig, estimate_main
 from accessory.flags import FINETUNE_FLAGS, adopt_lora_settings, rewrite
+from accessory.folders import require_folders
+from accessory.quantize_options import QuantizeConfig
 from accessory.schema import to_typed
-from accessory.shipped import CONFIG_DIR
+from accessory.shipped import CONFIG_DIR, group_options, groups_of
 from accessory.tools import EvaluateConfig, ExportConfig
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
@@ -303,6 +305,70 @@ def test_mistake_is_told_in_one_line(words, told, refusal):
 def test_mistake_that_only_the_run_finds_is_told_in_one_line_too(refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--pretrained_path base: no such folder" in refusal(*REQUIRED)
+
+
+def test_a_folder_that_cannot_be_had_is_told_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "file").touch()
+    told = {
+        "lama": rf"lama: no such folder \(did you mean {tmp_path}/llama\?\)",
+        "meta-llama/Llama-2-7b-hf": "no such folder; nothing is downloaded",
+        "file": f"file: is a file; name its folder, {tmp_path}",
+        "": "--pretrained_path is empty",
+        "x" * 300: "cannot be read",
+    }
+    for name, line in told.items():
+        with pytest.raises(UserError, match=line):
+            require_folders([str(tmp_path / name) if name in ("lama", "file") else name])
+    require_folders(["llama"])
+
+    def forbid(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", forbid)
+    with pytest.raises(UserError, match=r"llama: cannot be read \(Permission denied\)"):
+        require_folders(["llama"])
+    with pytest.raises(UserError, match=r"lama: no such folder$"):
+        require_folders(["lama"])
+
+
+def test_what_a_user_may_not_read_is_one_line(capsys):
+    def read() -> None:
+        raise PermissionError(13, "Permission denied", "/secret/config.json")
+
+    with pytest.raises(SystemExit) as end:
+        run_command(read)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: /secret/config.json: Permission denied\n"
+
+
+@pytest.mark.parametrize(("rank", "local", "tells"), [(0, 0, True), (1, 1, False), (8, 0, True)])
+def test_of_a_machines_ranks_the_first_tells_and_the_others_leave_it_the_time(rank, local, tells, monkeypatch, capsys):
+    """torchrun ends all of them as soon as one has ended."""
+    waited = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr("accessory.cli.time.sleep", waited.append)
+
+    def fail() -> None:
+        raise UserError("wrong")
+
+    with pytest.raises(SystemExit):
+        run_command(fail)
+    assert (capsys.readouterr().err == "error: wrong\n") == tells and bool(waited) != tells
+
+
+@pytest.mark.parametrize("command", ["finetune", "estimate", "evaluate", "export", "quantize"])
+def test_a_command_names_no_groups_but_its_own(command):
+    schemas = {"finetune": Config, "estimate": EstimateConfig, "evaluate": EvaluateConfig}
+    schema = schemas.get(command, ExportConfig if command == "export" else QuantizeConfig)
+    groups = groups_of(command)
+    assert ("recipe" in groups) == (command in ("finetune", "estimate")) and bool(groups) == (command != "quantize")
+    for group in groups:
+        option = group_options(group)[0]
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            compose(command, overrides=[f"{group}={option}"])
+    assert ("Groups:" in help_text(command, [], schema, groups)) == bool(groups)
 
 
 def test_command_without_anything_names_what_is_required(refusal):

@@ -614,6 +614,7 @@ def test_half_written_checkpoint_is_never_taken_for_one(interrupted, uninterrupt
         ("data", "max_words", 32, "max_words=64, this one has 32;"),
         ("data", "packing", True, "packing=False, this one has True;"),
         ("data", "val_fraction", 0.5, "val_fraction=0.25, this one has 0.5;"),
+        ("data", "val_items", 3, "val_items=None, this one has 3;"),
         (None, "seed", 1, "seed=0, this one has 1;"),
         ("optim", "lr", 0.5, r"optim=.*'lr': 0\.01,.* this one has .*'lr': 0\.5,.*;"),
         ("recipe", "dropout", 0.0, r"recipe=.*'dropout': 0\.3,.* this one has .*'dropout': 0\.0,.*;"),

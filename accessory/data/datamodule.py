@@ -191,13 +191,15 @@ class DataModule(LightningDataModule):
         self.val_key: Optional[str] = None
         self.train_items, self.val_items = items, None
         if config.val_config is not None:
-            self.val_items, self.val_report, self.val_key = open_dataset(config.val_config, config, tokenizer, images)
+            val = open_dataset(config.val_config, config, tokenizer, images, "data.val_config")
+            self.val_items, self.val_report, self.val_key = val
         elif held_out := int(len(items) * config.val_fraction):
             order = np.random.default_rng(seed).permutation(len(items))
             self.val_items = items.select(np.sort(order[:held_out]))
             self.train_items = items.select(np.sort(order[held_out:]))
-        if self.val_items and config.val_items is not None and config.val_items < len(self.val_items):
-            evenly = np.arange(config.val_items) * len(self.val_items) // config.val_items
+        self.held_out = len(self.val_items) if self.val_items else 0
+        if config.val_items is not None and config.val_items < self.held_out:
+            evenly = np.arange(config.val_items) * self.held_out // config.val_items
             self.val_items = self.val_items.select(evenly)
         shared = {"batch_size": batch_size, "world_size": world_size, "max_words": config.max_words, "seed": seed}
         self.train_plan = self._plan(self.train_items, accum_iter=accum_iter, shuffle=True, **shared)

@@ -90,15 +90,19 @@ def cache_key(entries: list[Entry], config: DataConfig, tokenizer: Tokenizer) ->
 
 
 def open_dataset(
-    path: str, config: DataConfig, tokenizer: Tokenizer, images: Optional[ImageInput] = None
+    path: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    images: Optional[ImageInput] = None,
+    flag: str = "--data_config",
 ) -> tuple[datasets.Dataset, Report, str]:
-    """The tokenized items of a data YAML, their report, and the key that identifies them.
+    """The tokenized items of a data YAML, their report, and the key that identifies them. flag: what named it.
 
     images: how the model takes images; None: it takes none, and items that have one are refused.
     Columns: input_ids (IMAGE_SLOT: see packing.py), labels (-100: not learnt), length, answer_tokens, image (path, or
     ""). The key depends on the images' contents and not on where they lie. The first process builds; others wait.
     """
-    entries = read_data_config(path, config.prompt_type)
+    entries = read_data_config(path, config.prompt_type, flag)
     if images is not None:
         check_roots(entries, config.image_root)
     key = cache_key(entries, config, tokenizer)
@@ -114,7 +118,7 @@ def open_dataset(
     if opened is None:
         raise UserError(f"data cache {folder}: written, but cannot be read; choose another with data.cache_dir")
     items, report, digest = opened
-    _check_report(report, path, entries, config, images)
+    _check_report(report, path, entries, config, images, flag)
     if report.images:
         key = hashlib.sha256(f"{key},{images.words},{digest}".encode()).hexdigest()[:24]
     return items, report, key
@@ -134,12 +138,12 @@ def _folder_key(key: str, entries: list[Entry], config: DataConfig, images: Imag
 
 
 def _check_report(
-    report: Report, path: str, entries: list[Entry], config: DataConfig, images: Optional[ImageInput]
+    report: Report, path: str, entries: list[Entry], config: DataConfig, images: Optional[ImageInput], flag: str
 ) -> None:
     if report.items == 0:
-        raise UserError(f"--data_config {path}: no items in {', '.join(str(e.path) for e in entries)}")
+        raise UserError(f"{flag} {path}: no items in {', '.join(str(e.path) for e in entries)}")
     if report.kept == 0 and report.unreadable:
-        raise UserError(f"--data_config {path}: no item is left to learn from: {report.line()}")
+        raise UserError(f"{flag} {path}: no item is left to learn from: {report.line()}")
     if report.kept == 0:
         share = f" (an image takes {images.words} of them)" if report.images else ""
         raise UserError(

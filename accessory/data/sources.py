@@ -31,18 +31,19 @@ class Entry:
     root: Optional[Path] = None
 
 
-def read_data_config(path: str, default: Optional[PromptType]) -> list[Entry]:
-    """A data YAML -> entries; relative paths are looked up from here, then from the YAML's folder."""
+def read_data_config(path: str, default: Optional[PromptType], flag: str = "--data_config") -> list[Entry]:
+    """A data YAML -> entries; relative paths are looked up from here, then from the YAML's folder. flag: what named
+    it."""
     file = Path(path).expanduser()
     try:
         content = yaml.safe_load(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"--data_config {path}: no such file") from None
+        raise UserError(f"{flag} {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--data_config {path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag} {path}: not valid YAML ({str(error).splitlines()[0]})") from None
     metas = content.get("META") if isinstance(content, dict) else None
     if not isinstance(metas, list) or not metas:
-        raise UserError(f"--data_config {path}: needs a list META of {{path, type, preprocess, prompt_type}}")
+        raise UserError(f"{flag} {path}: needs a list META of {{path, type, preprocess, prompt_type}}")
     return [_entry(meta, file, default) for meta in metas]
 
 

@@ -205,6 +205,12 @@ def test_val_config_leaves_all_items_to_training(config, tokenizer, tmp_path):
     assert module.val_report.line() == "5 items"
 
 
+def test_a_missing_val_config_is_not_taken_for_data_config(config, tokenizer):
+    config.val_config = "nowhere.yaml"
+    with pytest.raises(UserError, match=r"^data\.val_config nowhere\.yaml: no such file"):
+        DataModule(config, tokenizer, 4, 1, 1, 0, seed=0)
+
+
 def test_val_fraction_0_means_no_validation(config, tokenizer):
     config.val_fraction = 0.0
     module = DataModule(config, tokenizer, 4, 1, 1, 0, seed=0)
