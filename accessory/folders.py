@@ -22,7 +22,7 @@ def base_folder(path: str | Path) -> Path:
             raise UserError(f"--pretrained_path {path}: is a file; name its folder, {folder.parent}")
     except OSError as error:
         raise UserError(f"--pretrained_path {path}: cannot be read ({error.strerror})") from None
-    raise UserError(f"--pretrained_path {path}: no such folder{_nearest(folder) or _no_download(str(path))}")
+    raise UserError(f"--pretrained_path {path}: no such folder{_no_download(str(path)) or _neighbours(folder)}")
 
 
 def require_folders(paths: Iterable[str]) -> None:
@@ -30,19 +30,20 @@ def require_folders(paths: Iterable[str]) -> None:
         base_folder(path)
 
 
-def _nearest(folder: Path) -> str:
-    """Folders with a name like this one's, beside where it would be."""
+def _neighbours(folder: Path, few: int = 8) -> str:
+    """Folders beside where it would be: those with a name like its, or all if they are few."""
     try:
-        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+        beside = sorted(e.name for e in folder.parent.iterdir() if e.is_dir() and not e.name.startswith("."))
     except OSError:
         return ""
-    close = difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(str(folder.parent / name) for name in close)}?)" if close else ""
+    if close := difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.6):
+        return f" (did you mean {' or '.join(str(folder.parent / name) for name in close)}?)"
+    return f"; {folder.parent} holds {', '.join(beside)}" if 0 < len(beside) <= few else ""
 
 
 def _no_download(path: str) -> str:
     """For a name as the Hub's repositories have it."""
-    is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    is_name = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).parent.exists()
     return "; nothing is downloaded: download it, and name the folder that it is in" if is_name else ""
 
 

@@ -294,11 +294,13 @@ def test_models_that_differ_have_different_fingerprints(tmp_path, name):
 # --- folders that cannot be read -------------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_is_an_error_that_lists_its_neighbours(meta_folder, tmp_path):
+def test_a_missing_folder_is_an_error_that_names_its_neighbours(tmp_path):
     for name in ("llama2-7b", "llama2-13b"):
         (tmp_path / name).mkdir()
     message = refused(open_folder, tmp_path / "llama2-7B")
-    assert str(tmp_path / "llama2-7B") in message and "llama2-13b, llama2-7b" in message
+    assert f"{tmp_path}/llama2-7B: no such folder (did you mean {tmp_path}/llama2-7b or" in message
+    message = refused(open_folder, tmp_path / "mistral")
+    assert f"{tmp_path}/mistral: no such folder; {tmp_path} holds llama2-13b, llama2-7b" in message
 
 
 def test_a_folder_without_a_checkpoint_is_an_error_that_lists_what_it_holds(tmp_path):

@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_had_is_told_with_what_to_do(tmp_path, monkeypat
     monkeypatch.setattr(Path, "iterdir", forbid)
     with pytest.raises(UserError, match=r"llama: cannot be read \(Permission denied\)"):
         require_folders(["llama"])
-    with pytest.raises(UserError, match=r"lama: no such folder$"):
+    with pytest.raises(UserError, match=r"lama: no such folder$"):  # what lies beside it cannot be read either
         require_folders(["lama"])
 
 
