@@ -379,3 +379,17 @@ def test_an_output_folder_that_holds_something_is_left_alone(folder, data, tmp_p
     with pytest.raises(UserError, match="holds something already"):
         quantize_llava(config(folder, tmp_path, data / "text.txt"))
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_without_bf16_is_tuned_on_in_fp32_as_auto_round_does(
+    monkeypatch, folder, data, tmp_path, has_bf16, dtype
+):
+    from auto_round.utils.device_manager import get_ar_device
+
+    from accessory.quantization.llava.worker import _compute_dtype
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(type(get_ar_device(device)), "supports_bf16", lambda self: has_bf16)
+    chosen = config(folder, tmp_path / "out", dataset=data / "text.txt")
+    assert _compute_dtype(chosen, torch.float16, device) is dtype

@@ -93,11 +93,14 @@ def _kept(model: nn.Module, schemes: dict[str, Scheme]) -> dict[str, Tensor]:
 
 
 def _compute_dtype(config: QuantizeConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """What auto-round tunes in: on CPUs bf16, without amp fp32."""
+    """What auto-round tunes in: on CPUs bf16; fp32 without amp, and where it finds no instructions for bf16."""
+    from auto_round.utils.device_manager import get_ar_device
+
     wanted = stored if config.precision is None else DTYPES[config.precision]
     if config.precision is Precision.tf32 or not config.autoround.amp:
         return torch.float32
-    return torch.bfloat16 if device.type == "cpu" or wanted is torch.float32 else wanted
+    tuned = torch.bfloat16 if device.type == "cpu" or wanted is torch.float32 else wanted
+    return torch.float32 if tuned is torch.bfloat16 and not get_ar_device(device).supports_bf16() else tuned
 
 
 def _batches(job: Job, processor: Any, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
