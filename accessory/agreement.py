@@ -20,6 +20,9 @@ from accessory.models.llama import Llama
 from accessory.resume import SUMS_FILE
 from accessory.strategies import gather
 
+SAME_COMMAND = "start all ranks with the same command, and keep base, data and --output_dir where every node sees them"
+UNSET_PRECISION = "name one with --precision, which unset is what each machine has instructions for"
+
 
 def refuse_other_runs(settings: dict[str, Any], checkpoint: Optional[Path]) -> None:
     """Stop all ranks where one was given other settings or data than rank 0, or sees another checkpoint to continue."""
@@ -28,10 +31,8 @@ def refuse_other_runs(settings: dict[str, Any], checkpoint: Optional[Path]) -> N
     for rank, found in enumerate(others, 1):
         for key in {**expected, **found}:
             if found.get(key) != expected.get(key):
-                raise UserError(
-                    f"rank {rank} has {key}={found.get(key)!r}, rank 0 has {expected.get(key)!r}; start all ranks with "
-                    "the same command, and keep base, data and --output_dir where every node sees them"
-                )
+                advice = UNSET_PRECISION if key == "precision" else SAME_COMMAND
+                raise UserError(f"rank {rank} has {key}={found.get(key)!r}, rank 0 has {expected.get(key)!r}; {advice}")
 
 
 def weight_digests(model: nn.Module) -> dict[str, int]:

@@ -237,8 +237,8 @@ def _measured(what: Comparison, name: str, candidate: Candidate, folder: Path) -
     from accessory.evaluation import read_text, text_perplexity
     from accessory.models import find_device
     from accessory.models.tokenizer import require_tokenizer
+    from accessory.precision import DTYPES
     from accessory.side_by_side import disk_bytes, free, memory_bytes
-    from accessory.strategies import DTYPES
 
     start, on_load = time.monotonic(), candidate.on_load or "none"
     try:

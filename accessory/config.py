@@ -209,8 +209,10 @@ class TrainConfig:
     """Rows per device and micro-batch. Effective batch: batch_size x accum_iter x devices."""
     accum_iter: int = 1
     """Micro-batches per optimizer step; changes memory, not the result."""
-    precision: Precision = Precision.bf16
-    """Compute type: bf16, fp16 or tf32 (fp32 with TF32 matmuls). Trainables are fp32 in each."""
+    precision: Optional[Precision] = None
+    """Compute type: bf16, fp16 or tf32 (fp32 with TF32 matmuls). Trainables are fp32 in each. Unset: bf16; on a CPU
+    without instructions for it, where it takes several times as long, tf32, and on a GPU before Ampere fp16. A run that
+    is continued keeps its own."""
     checkpointing: Optional[bool] = None
     """Recompute activations in backward: less memory, about a third more time. Unset: as few blocks as the GPU's memory
     allows, by the estimate; none on a CPU."""

@@ -11,6 +11,10 @@ from accessory.folders import require_folders
 
 CONVERSATION = "conversation"  # the format of models trained with --dialog
 SINGLE_TURN = [*(kind.value for kind in PromptType), CONVERSATION]
+DTYPE_HELP = (
+    "compute type; unset: bf16, and without instructions for it fp16 on a GPU (before Ampere), fp32 on a CPU with a "
+    "quantized base"
+)
 CHAT = [CONVERSATION, PromptType.chat.value]
 
 
@@ -21,7 +25,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer_path", default=None, help="tokenizer.model or a Hugging Face folder; unset: from the folders")
     add("--pretrained_path", nargs="+", required=True, help="base folder, then the trainables' folder")
     add("--quant", action="store_true", help="quantize the base to NF4")
-    add("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="compute type")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], default=None, help=DTYPE_HELP)
     add("--device", default=None, help="cuda, cuda:1, cpu; unset: cuda where there is one")
     add("--max_seq_len", type=int, default=None, help="longest prompt + answer in tokens; unset: the model's own")
     for ignored in ("--model_parallel_size", "--world_size", "--local_rank", "--dist_url"):  # old launchers pass them

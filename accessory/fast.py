@@ -14,7 +14,8 @@ from accessory.config import Config, DataParallel, FastConfig, Precision
 from accessory.estimate import GIB, Step, attention_fits, graphs_fit, host_bytes, save_memory
 from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
 from accessory.models.llama import Llama, flash_takes
-from accessory.strategies import DTYPES, World, gather
+from accessory.precision import DTYPES
+from accessory.strategies import World, gather
 
 log = logging.getLogger(__name__)
 HOST_ROOM = 0.5  # of the free host memory

@@ -35,6 +35,7 @@ from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
+from accessory.precision import DTYPES, default_precision
 from accessory.quantization.job.cached import calibrate_base
 from accessory.quantization.setting import CALIBRATED, as_stored
 from accessory.result import save_frozen, save_trainable
@@ -44,6 +45,7 @@ from accessory.resume import (
     Checkpoints,
     compare_settings,
     find_checkpoint,
+    precision_before,
     refuse_finished,
     refuse_last_epoch,
     set_later_aside,
@@ -53,7 +55,6 @@ from accessory.settings import order_of_collectives, result_meta, run_settings, 
 from accessory.sources import Sources, open_sources
 from accessory.split import SPLIT_KEYS, NextEpoch, Split
 from accessory.strategies import (
-    DTYPES,
     Float16,
     PlainCheckpointIO,
     World,
@@ -81,6 +82,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     _check_strategy(config, world)
     output_dir = Path(config.output_dir).expanduser()
     refuse_finished(output_dir)
+    config = _with_precision(config, world, output_dir)
     sources = open_sources(config.model)
     if config.quantization.method not in CALIBRATED or sources.folders[0].packed:
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
@@ -152,6 +154,15 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
+
+
+def _with_precision(config: Config, world: World, output_dir: Path) -> Config:
+    """As asked; otherwise as the run was started with that is continued, wherever that was, and what suits the device
+    of a new one."""
+    if config.train.precision is not None:
+        return config
+    precision = precision_before(output_dir, config.resume) or default_precision(world.device)
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 def _build(config: Config, sources: Sources, world: World, fast: Fast) -> Llama:

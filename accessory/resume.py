@@ -20,7 +20,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from accessory.bases import FROZEN_FILE, META_FILE, TRAINABLE_FILE
-from accessory.config import ResumeConfig, SaveConfig
+from accessory.config import Precision, ResumeConfig, SaveConfig
 from accessory.errors import UserError
 from accessory.files import atomic_folder, sha256
 from accessory.models import read_json
@@ -205,17 +205,34 @@ def find_checkpoint(
     unknown: those that are not known yet, and are left to `compare_settings`.
     """
     refuse_finished(output_dir)
+    candidates = _candidates(output_dir, resume)
     if resume.path is None:
-        candidates = checkpoint_folders(output_dir / "checkpoints")
         return _newest_whole(candidates, resume, settings, unknown) if candidates else None
-    named = Path(resume.path).expanduser()
-    candidates = checkpoint_folders(named / "checkpoints") or [named]
-    run = candidates[0].absolute().parent.parent
+    named, run = Path(resume.path).expanduser(), candidates[0].absolute().parent.parent
     if candidates == [named] and (wrong := damage(named)) is not None:
         raise UserError(f"--resume {resume.path}: not a whole checkpoint ({wrong})")
     if run != output_dir.absolute() and checkpoint_folders(output_dir / "checkpoints"):
         raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume.path}; choose another")
     return _newest_whole(candidates, resume, settings, unknown)
+
+
+def precision_before(output_dir: Path, resume: ResumeConfig) -> Optional[Precision]:
+    """The compute type that the run to continue was started with; None: there is none, or it does not say, of which
+    `find_checkpoint` tells."""
+    candidates = _candidates(output_dir, resume)
+    run_file = candidates[0].absolute().parent.parent / RUN_FILE if candidates else None
+    if run_file is None or not run_file.is_file():
+        return None
+    found = read_json(run_file).get("precision")
+    return Precision(found) if found in list(Precision) else None
+
+
+def _candidates(output_dir: Path, resume: ResumeConfig) -> list[Path]:
+    """The checkpoints that may be continued from, oldest first; what --resume names, as it is, if it has none in it."""
+    if resume.path is None:
+        return checkpoint_folders(output_dir / "checkpoints")
+    named = Path(resume.path).expanduser()
+    return checkpoint_folders(named / "checkpoints") or [named]
 
 
 def _newest_whole(

@@ -12,11 +12,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision, TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from accessory.config import Precision
 from accessory.errors import UserError
-
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
-
 
 # How long ranks wait for each other: one may read and quantize a large base from a slower disk than another.
 PATIENCE = timedelta(hours=1)

@@ -12,6 +12,7 @@ from accessory.estimate import estimate_training
 from accessory.fast import Fast, planned_step
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
+from accessory.precision import multiplies_bf16
 from accessory.quantization import QuantLinear, block_linears
 from accessory.strategies import World
 from accessory.tuning.recipe import count_trainables
@@ -51,6 +52,9 @@ def describe_run(
     steps = plan.steps * train.epochs
     steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
     method, bits = config.quantization.method.value, 8 * size / weights
+    compute = train.precision.value
+    if not multiplies_bf16(world.device):
+        compute += f": this {'CPU' if world.device.type == 'cpu' else 'GPU'} has no instructions for bf16"
     validating = f"{len(data.val_items) if data.val_items is not None else 0:,}"
     if data.val_items is not None and len(data.val_items) < data.held_out:
         validating += f" of {data.held_out:,}"
@@ -59,7 +63,7 @@ def describe_run(
     rows = [
         ("base", f"{model.base['path']} ({total - trainable:,} weights)"),
         ("frozen", f"{weights:,} weights of {len(block_linears(model))} linears in {method}, {size / 2**20:,.0f} MiB"),
-        ("", f"({bits:.2f} bits a weight); compute in {train.precision.value}"),
+        ("", f"({bits:.2f} bits a weight); compute in {compute}"),
         ("trains", f"{config.recipe.name}: {kinds} = {trainable:,} ({100 * trainable / total:.2f} %), fp32"),
         ("data", data.train_report.line()),
         ("", f"training on {len(data.train_items):,}, validating on {validating}"),

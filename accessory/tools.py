@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -39,8 +39,9 @@ class EvaluateConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    precision: Precision = Precision.bf16
-    """Compute type: bf16, fp16 or tf32 (fp32)."""
+    precision: Optional[Precision] = None
+    """Compute type: bf16, fp16 or tf32 (fp32). Unset: bf16; on a CPU without instructions for it tf32, and on a GPU
+    before Ampere fp16."""
     device: Optional[str] = None
     """cuda, cuda:1, cpu; unset: cuda where there is one."""
     text: Optional[str] = None
@@ -146,7 +147,7 @@ def _open(config: Any) -> Any:
 def _load(sources: Any, config: Any) -> Any:
     from accessory.assemble import assemble
     from accessory.models import find_device
-    from accessory.strategies import DTYPES
+    from accessory.precision import DTYPES
 
     return assemble(sources, config.quantization, None, find_device(config.device), DTYPES[config.precision])
 
@@ -194,12 +195,17 @@ def _open_tasks(config: EvaluateConfig, sources: Any) -> Any:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity and tasks as the config says; printed, and returned as plain numbers."""
+    from accessory.models import find_device
+    from accessory.precision import default_precision
+
     output = _output_file(config.output) if config.output is not None else None
+    if config.precision is None:
+        config = replace(config, precision=default_precision(find_device(config.device)))
     sources = _open(config)
     what = config.text or config.data_config
     measure = _protocol(config, sources) if what is not None else None
     tasks = _open_tasks(config, sources) if config.tasks else None
-    figures: dict[str, Any] = {"pretrained_path": config.model.pretrained_path}
+    figures: dict[str, Any] = {"pretrained_path": config.model.pretrained_path, "precision": config.precision.value}
     if what is not None:
         figures |= {"data": what, "seqlen": config.seqlen}
     if config.side_by_side:
@@ -218,7 +224,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _perplexity(result: Any, figures: dict[str, Any]) -> dict[str, Any]:
     print(
-        f"ppl on {figures['data']} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']})",
+        f"ppl on {figures['data']} is {result.value:.4f} ({result.tokens:,} predictions, {figures['quantization']}, "
+        f"{figures['precision']})",
         flush=True,
     )
     return {"ppl": result.value, "nll": result.nll, "tokens": result.tokens}
@@ -236,13 +243,14 @@ def _run_tasks(config: EvaluateConfig, model: Any, tasks: Any) -> dict[str, Any]
 
 def _side_by_side(config: EvaluateConfig, sources: Any, measure: Any) -> list[dict[str, Any]]:
     from accessory.models import find_device
+    from accessory.precision import DTYPES
     from accessory.side_by_side import as_figures, open_reference, rows_table, side_by_side
-    from accessory.strategies import DTYPES
 
     device, dtype = find_device(config.device), DTYPES[config.precision]
     reference = open_reference(config.model, config.quantization, sources, config.reference)
     rows = side_by_side(reference, sources, config.quantization, device, dtype, measure)
-    print(f"ppl on {config.text or config.data_config} ({rows[0].tokens:,} predictions)", flush=True)
+    what = config.text or config.data_config
+    print(f"ppl on {what} ({rows[0].tokens:,} predictions, {config.precision.value})", flush=True)
     print(rows_table(rows), flush=True)
     return as_figures(rows)
 
@@ -250,8 +258,8 @@ def _side_by_side(config: EvaluateConfig, sources: Any, measure: Any) -> list[di
 def export(config: ExportConfig) -> Path:
     from accessory.bases import open_folder
     from accessory.export import check_target, export_hf, export_peft
+    from accessory.precision import DTYPES
     from accessory.quantization.setting import trained_on
-    from accessory.strategies import DTYPES
 
     folder = Path(config.output_dir).expanduser()
     check_target(folder)

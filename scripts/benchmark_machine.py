@@ -2,7 +2,8 @@
 
 Two rates bound a training step: that of bf16 matrix products, and that at which memory is copied. A step cannot be
 faster than its operations over the first, a decoded token not faster than the weights' bytes over the second (of which
-a copy counts bytes read and bytes written). Both are measured, in a process of their own, before anything else.
+a copy counts bytes read and bytes written). Both are measured, in a process of their own, before anything else; the
+first on an idle GPU, whose clock falls as it grows warm, and after seconds of it, which is what a run of steps meets.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,22 +75,37 @@ def ceilings(products: list[tuple[int, int, int]]) -> dict[str, Any]:
     if not on_gpu:
         products = products[:1]  # a CPU's rates bound nothing of interest: enough to see that it works
     rates = {" ".join(map(str, shape)): _product_rate(*shape) for shape in [(side, side, side), *map(tuple, products)]}
+    sustained = _sustained_rate(side, seconds=5.0 if on_gpu else 0.1)
     source = torch.empty(copied // 2, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu").normal_()
     target = torch.empty_like(source)
     seconds = _median_seconds(lambda: target.copy_(source))
     name = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.processor() or platform.machine()})"
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None
     return {"device": name, "memory_gib": memory, "matmul_tflops": rates, "square": side,
-            "copy_gb_s": 2 * copied / seconds / 1e9}  # fmt: skip
+            "sustained_tflops": sustained, "copy_gb_s": 2 * copied / seconds / 1e9}  # fmt: skip
 
 
-def _product_rate(m: int, n: int, k: int) -> float:
+def _product(m: int, n: int, k: int) -> Callable[[], Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
     weight = torch.randn(n, k, dtype=torch.bfloat16, device=device)
-    return 2e-12 * m * n * k / _median_seconds(lambda: x @ weight.T)
+    return lambda: x @ weight.T
+
+
+def _product_rate(m: int, n: int, k: int) -> float:
+    return 2e-12 * m * n * k / _median_seconds(_product(m, n, k))
+
+
+def _sustained_rate(side: int, seconds: float) -> float:
+    """TFLOP/s of the square product in the second half of `seconds` of nothing else."""
+    from benchmark_steps import timed
+
+    product, rows, begun = _product(side, side, side), [], time.monotonic()
+    while time.monotonic() - begun < seconds:
+        rows.append(timed(lambda: [product() for _ in range(20)]) / 20)
+    return 2e-12 * side**3 / statistics.median(rows[len(rows) // 2 :])
 
 
 def _median_seconds(call, repeats: int = 10) -> float:

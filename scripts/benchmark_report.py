@@ -140,13 +140,19 @@ def _machine(machines: list[dict[str, Any]]) -> str:
         map(_product, machines), (machine["copy_gb_s"] / 1000 for machine in machines)))  # fmt: skip
     runs = "run" if len(machines) == 1 else "runs, in their order"
     text = (
-        f" In the same {runs}, a bf16 product of {square} x {square} matrices ran at {', '.join(rates)} TFLOP/s, and "
-        f"memory was copied at {', '.join(copies)} TB/s, read and written.\n\n"
+        f" In the same {runs}, a bf16 product of {square} x {square} matrices ran at {', '.join(rates)} TFLOP/s"
+        f"{_sustained(machines)}, and memory was copied at {', '.join(copies)} TB/s, read and written.\n\n"
         "| product, tokens x out x in | TFLOP/s |\n|---|---|\n"
     )
     return text + "\n".join(
         f"| {shape.replace(' ', ' x ')} | {rate:,.3g} |" for shape, rate in machines[0]["matmul_tflops"].items()
     )
+
+
+def _sustained(machines: list[dict[str, Any]]) -> str:
+    """Of runs that measured it."""
+    found = [f"{rate:,.3g}" if (rate := machine.get("sustained_tflops")) else "-" for machine in machines]
+    return f" (after seconds of it, {', '.join(found)})" if set(found) != {"-"} else ""
 
 
 def _table(task: str, rows: list[dict[str, Any]]) -> str:

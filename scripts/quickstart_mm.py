@@ -32,6 +32,7 @@ from accessory.assemble import assemble
 from accessory.config import LlamaType, ModelConfig, PromptType, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.prompts import format_prompt
 from accessory.models.qformer import QFormerLlama
+from accessory.precision import compute_dtype
 
 MODEL, VISION, DIGITS, RUNS = WORK / "model", WORK / "vision", WORK / "digits", WORK / "mm"
 ALIGNED, TUNED, SHEET = RUNS / "aligned", RUNS / "tuned", RUNS / "answers.png"
@@ -44,6 +45,7 @@ TUNING = [
     "recipe=norm_bias_lora", "--max_words", "96", "--batch_size", "24", "--lr", "1e-3",
     "--min_lr", "1e-4", "--warmup_epochs", "0.02", "train.max_steps=100",
 ]  # fmt: skip
+CPU = torch.device("cpu")
 BATCH = 64  # questions asked at once
 REQUIRED, CHANCE = 0.90, 0.20  # of the digits read right: at least, and at most where a control leaves only chance
 
@@ -123,7 +125,7 @@ def examine(test: list[dict[str, str]], seed: int) -> list[str]:
 
 
 def load(*folders: Path) -> QFormerLlama:
-    return accessory.load_model([str(folder) for folder in folders], quantization="nf4", dtype=torch.bfloat16)
+    return accessory.load_model([str(folder) for folder in folders], quantization="nf4", dtype=compute_dtype(None, CPU))
 
 
 def untrained(seed: int) -> QFormerLlama:
@@ -132,7 +134,7 @@ def untrained(seed: int) -> QFormerLlama:
     config = ModelConfig(LlamaType.llama_qformerv2_peft, pretrained_path=[str(MODEL)], vision_path=str(VISION))
     recipe = RecipeConfig("projector", norm=False, bias=False, projector=True, vision=True)
     quantization = QuantizationConfig(QuantMethod.nf4)
-    return assemble(config, quantization, recipe, torch.device("cpu"), torch.bfloat16)
+    return assemble(config, quantization, recipe, CPU, compute_dtype(None, CPU))
 
 
 def give_image_part(model: QFormerLlama, other: QFormerLlama) -> None:

@@ -132,7 +132,7 @@ def test_evaluate_writes_and_prints_the_figures_of_a_text(tmp_path, hf_folder, r
     expected = math.exp(sum(losses) / len(losses))
     assert figures["ppl"] == pytest.approx(expected, rel=1e-5)
     assert json.loads(output.read_text()) == figures
-    assert f"text.txt is {figures['ppl']:.4f} ({len(losses):,} predictions, none)" in capsys.readouterr().out
+    assert f"text.txt is {figures['ppl']:.4f} ({len(losses):,} predictions, none, tf32)" in capsys.readouterr().out
 
 
 def test_evaluate_measures_the_answers_of_a_data_yaml(answers, hf_folder, reference, model):

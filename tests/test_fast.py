@@ -188,7 +188,7 @@ def test_where_the_kernels_do_not_run_blocks_stay_plain_and_the_reason_is_told(m
 def test_a_run_with_fused_blocks_and_shared_rows_has_the_losses_and_trainables_of_one_without(
     batch_size, accum_iter, offload, one_row, meta_folder, tmp_path, monkeypatch
 ):
-    assert not takes_one_row(config(), world("cpu"), 64)
+    assert not takes_one_row(config(**{"train.precision": Precision.bf16}), world("cpu"), 64)
     monkeypatch.setattr("accessory.fast.takes_one_row", lambda *_: one_row)
     data = short_data(tmp_path / "data")
     sizes = {"train.batch_size": batch_size, "train.accum_iter": accum_iter}

@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from accessory.config import DataParallel, QuantMethod
+from accessory.config import DataParallel, Precision, QuantMethod
 from accessory.errors import UserError
 from accessory.estimate.description import build, describe_model
 from accessory.estimate.generation import estimate_generation
@@ -18,7 +18,8 @@ from accessory.estimate.training import Step, attention_fits, estimate_training,
 from accessory.estimate_cli import EstimateConfig
 from accessory.fast import Fast, choose
 from accessory.models.llama import Llama
-from accessory.strategies import DTYPES, World
+from accessory.precision import DTYPES, default_precision
+from accessory.strategies import World
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Estimator:
     which; what train.checkpointing, fast.offload and fast.keep_attention leave open is then the fastest that fits."""
 
     def __init__(self, config: EstimateConfig, available: Optional[int]):
-        self.config, self.described = config, describe_model(config)
+        self.config = config = _with_precision(config)
+        self.described = describe_model(config)
         self.dtype = DTYPES[config.train.precision]
         self.blocks = self.described.architecture.num_hidden_layers
         sharded = config.strategy.data_parallel is DataParallel.fsdp
@@ -170,3 +172,11 @@ class Estimator:
         while getattr(case, name) // 2 >= smallest and self.train(case).peak > available:
             case = replace(case, **{name: getattr(case, name) // 2})
         return case
+
+
+def _with_precision(config: EstimateConfig) -> EstimateConfig:
+    """Unset, the compute type is that of the GPU here; without one that of GPUs that have bf16."""
+    if config.train.precision is not None:
+        return config
+    here = default_precision(torch.device("cuda")) if torch.cuda.is_available() else Precision.bf16
+    return replace(config, train=replace(config.train, precision=here))

@@ -8,9 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Optional
 
+import torch
+
 from accessory.errors import UserError
 from accessory.export import check_target
 from accessory.files import atomic_folder
+from accessory.precision import multiplies_bf16
 from accessory.quantization.job.flow import Flow
 from accessory.quantization.job.measure import Texts, perplexity_on_rows
 from accessory.quantization.job.memory import PeakMemory
@@ -83,6 +86,12 @@ def _check_trans(trans: Path, target: Path) -> None:
         raise UserError(f"save_trans={trans}: exists already; choose another, or remove it")
 
 
+def _slow(plan: Plan) -> str:
+    if plan.dtype is not torch.bfloat16 or multiplies_bf16(plan.device):
+        return ""
+    return " (it has no instructions for bf16: --precision tf32 is faster, and leaves the unquantized in fp32)"
+
+
 def describe_plan(plan: Plan, work: Work) -> str:
     """What is about to happen, on a few lines."""
     usual, config = next(iter(plan.schemes.values())), plan.config
@@ -94,7 +103,7 @@ def describe_plan(plan: Plan, work: Work) -> str:
     ]
     if plan.is_calibrated:
         lines.append(f"calibration {rows} rows of {seqlen} tokens; {'; '.join(plan.rows.report)}")
-    lines.append(f"device      {plan.device}, {str(plan.dtype).removeprefix('torch.')}")
+    lines.append(f"device      {plan.device}, {str(plan.dtype).removeprefix('torch.')}{_slow(plan)}")
     lines.append(f"output      {config.output_dir} ({config.format})")
     if done := len(work.files()):
         lines.append(f"continues   after {done} finished blocks in {work.folder}")

@@ -19,6 +19,7 @@ from accessory.errors import UserError
 from accessory.models import build_model, find_device
 from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
+from accessory.precision import DTYPES
 from accessory.quantization.calibration import read_calibration
 from accessory.quantization.int4 import Int4
 from accessory.quantization.job.schemes import block_linear_shapes, output_formats, schemes_of
@@ -27,7 +28,6 @@ from accessory.quantization.packed import Scheme
 from accessory.quantize_options import Format, Method, QuantizeConfig
 from accessory.shards import EMBEDDING, is_image_part
 from accessory.sources import Sources, open_sources
-from accessory.strategies import DTYPES
 from accessory.weights import refuse_unfit_weights
 
 CALIBRATED = (Method.autoround, Method.awq, Method.gptq)

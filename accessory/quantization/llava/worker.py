@@ -23,6 +23,7 @@ from accessory.data.packing import IGNORE, IMAGE_SLOT
 from accessory.errors import UserError
 from accessory.hf_files import ShardWriter
 from accessory.models import read_json
+from accessory.precision import DTYPES
 from accessory.quantization import formats, rtn
 from accessory.quantization.job.memory import PeakMemory
 from accessory.quantization.job.streaming import refuse_not_finite
@@ -34,7 +35,6 @@ MEASURED = 16  # rows that the perplexity is taken on
 # Between logits in memory and reloaded, of their spread: 16-bit rounding of many layers, whose parts are compared at
 # 2^-7 each. A layer that is read wrongly makes it 0.4 and more.
 TOLERANCE = 0.1
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
 COPIED = (".json", ".model", ".txt", ".jinja")  # tokenizer, processor, templates
 
 
