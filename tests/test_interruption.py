@@ -41,6 +41,14 @@ def data(tmp_path_factory) -> Path:
     return short_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts background jobs, this suite as one too, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, meta_folder, data) -> Path:
     """16 steps of 2 micro-batches: 15 micro-batches an epoch, validated after steps 3 and 6 of each and at the end."""

@@ -32,7 +32,7 @@ def composed(*words: str) -> QuantizeConfig:
 
 
 def run(*words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=600, **options)
 
 
 def test_auto_rounds_documented_commands_mean_what_they_say():
