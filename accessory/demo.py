@@ -26,7 +26,7 @@ from accessory.generation import stream
 from accessory.models import find_device
 from accessory.models.llama import Llama
 from accessory.models.tokenizer import require_tokenizer
-from accessory.precision import compute_dtype
+from accessory.precision import default_dtype
 from accessory.sources import open_sources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,7 +56,7 @@ def load(args: argparse.Namespace) -> Llama:
 def _usual_dtype(device: torch.device, is_quantized: bool) -> torch.dtype:
     """Of a base in 16 bit a CPU gives a token as fast as it reads the weights, with or without instructions for bf16:
     fp32 would be twice the bytes."""
-    return torch.bfloat16 if device.type == "cpu" and not is_quantized else compute_dtype(None, device)
+    return torch.bfloat16 if device.type == "cpu" and not is_quantized else default_dtype(device)
 
 
 def _check_image(image: str, is_multimodal: bool) -> None:

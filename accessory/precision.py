@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
 from accessory.config import Precision
@@ -22,8 +20,8 @@ def default_precision(device: torch.device) -> Precision:
     return Precision.fp16 if device.type == "cuda" else Precision.tf32
 
 
-def compute_dtype(asked: Optional[Precision], device: torch.device) -> torch.dtype:
-    return DTYPES[default_precision(device) if asked is None else asked]
+def default_dtype(device: torch.device) -> torch.dtype:
+    return DTYPES[default_precision(device)]
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from accessory.config import DataConfig, PromptType
 from accessory.data.datamodule import answer_loader
 from accessory.data.prompts import format_prompt
 from accessory.evaluation import answer_perplexity
-from accessory.precision import compute_dtype
+from accessory.precision import default_dtype
 
 TRAINING = [
     "--quant", "--only_save_trainable", "recipe=norm_bias", "--max_words", "256", "--batch_size", "24", "--lr", "4e-3",
@@ -39,7 +39,7 @@ def measure(
     folders: list[Path], quantization: str, data: dict[str, Path], questions: list[dict]
 ) -> tuple[float, list[str]]:
     """Test perplexity of the answers, and the greedy answers to `questions`."""
-    model = accessory.load_model([str(f) for f in folders], quantization=quantization, dtype=compute_dtype(None, CPU))
+    model = accessory.load_model([str(f) for f in folders], quantization=quantization, dtype=default_dtype(CPU))
     config = DataConfig(data_config=str(data["test_config"]), max_words=256, num_workers=0)
     perplexity = answer_perplexity(model, answer_loader(config, model.tokenizer, batch_size=24)).value
     prompts = [format_prompt(item, PromptType.alpaca) for item in questions]

@@ -32,7 +32,7 @@ from accessory.assemble import assemble
 from accessory.config import LlamaType, ModelConfig, PromptType, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.data.prompts import format_prompt
 from accessory.models.qformer import QFormerLlama
-from accessory.precision import compute_dtype
+from accessory.precision import default_dtype
 
 MODEL, VISION, DIGITS, RUNS = WORK / "model", WORK / "vision", WORK / "digits", WORK / "mm"
 ALIGNED, TUNED, SHEET = RUNS / "aligned", RUNS / "tuned", RUNS / "answers.png"
@@ -125,7 +125,7 @@ def examine(test: list[dict[str, str]], seed: int) -> list[str]:
 
 
 def load(*folders: Path) -> QFormerLlama:
-    return accessory.load_model([str(folder) for folder in folders], quantization="nf4", dtype=compute_dtype(None, CPU))
+    return accessory.load_model([str(folder) for folder in folders], quantization="nf4", dtype=default_dtype(CPU))
 
 
 def untrained(seed: int) -> QFormerLlama:
@@ -134,7 +134,7 @@ def untrained(seed: int) -> QFormerLlama:
     config = ModelConfig(LlamaType.llama_qformerv2_peft, pretrained_path=[str(MODEL)], vision_path=str(VISION))
     recipe = RecipeConfig("projector", norm=False, bias=False, projector=True, vision=True)
     quantization = QuantizationConfig(QuantMethod.nf4)
-    return assemble(config, quantization, recipe, CPU, compute_dtype(None, CPU))
+    return assemble(config, quantization, recipe, CPU, default_dtype(CPU))
 
 
 def give_image_part(model: QFormerLlama, other: QFormerLlama) -> None:

@@ -146,6 +146,22 @@ def test_the_report_replaces_what_stands_between_the_marks_alone(measured, tmp_p
     assert {line.count("|") for line in tables if "TFLOP/s" not in line and " x " in line and "`" in line} == {8}
 
 
+def test_the_report_names_what_a_warm_gpu_reached_in_the_runs_that_measured_it(measured, tmp_path):
+    files = []
+    for name, sustained in (("first", None), ("second", 0.08), ("third", 0.0912)):
+        run = results([row for rows in measured["cases"] for row in rows])
+        run["machine"] |= {} if sustained is None else {"sustained_tflops": sustained}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(run))
+    report.write(tmp_path / "all.md", files)
+    report.write(tmp_path / "one.md", files[:1])
+    assert (
+        "ran at 0.1, 0.1, 0.1 TFLOP/s (after seconds of it, -, 0.08, 0.0912), and memory"
+        in (tmp_path / "all.md").read_text()
+    )
+    assert "ran at 0.1 TFLOP/s, and memory" in (tmp_path / "one.md").read_text()
+
+
 def test_a_document_without_marks_is_left_alone(tmp_path):
     document = tmp_path / "performance.md"
     document.write_text("# Mine\n")
