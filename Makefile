@@ -16,7 +16,7 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo,quickstart,tensorboard]'
 	touch $@
 
-quickstart: install  ## fine-tune a real 135M model on this machine and show what changed (5 to 20 minutes on 2 cores)
+quickstart: install  ## fine-tune a real 135M model on this machine and show what changed (5 to 21 minutes on 2 cores)
 	$(BIN)/python scripts/quickstart.py
 
 quickstart-mm: install  ## teach it to read handwritten digits: alignment, then QPEFT on pictures (about 10 minutes)

@@ -21,13 +21,13 @@ from accessory.resume import SUMS_FILE
 from accessory.strategies import gather
 
 SAME_COMMAND = "start all ranks with the same command, and keep base, data and --output_dir where every node sees them"
-UNSET_PRECISION = "name one with --precision, which unset is what each machine has instructions for"
+UNSET_PRECISION = "give all the same --precision; unset it is what each machine has instructions for"
 
 
 def refuse_other_runs(settings: dict[str, Any], checkpoint: Optional[Path]) -> None:
     """Stop all ranks where one was given other settings or data than rank 0, or sees another checkpoint to continue."""
     mine = None if checkpoint is None else f"{checkpoint.name} ({sha256(checkpoint / SUMS_FILE)[:8]})"
-    expected, *others = gather(settings | {"checkpoint": mine})
+    expected, *others = gather({"checkpoint": mine} | settings)  # a cause before what follows from it
     for rank, found in enumerate(others, 1):
         for key in {**expected, **found}:
             if found.get(key) != expected.get(key):

@@ -211,8 +211,8 @@ class TrainConfig:
     """Micro-batches per optimizer step; changes memory, not the result."""
     precision: Optional[Precision] = None
     """Compute type: bf16, fp16 or tf32 (fp32 with TF32 matmuls). Trainables are fp32 in each. Unset: bf16; on a CPU
-    without instructions for it, where it takes several times as long, tf32, and on a GPU before Ampere fp16. A run that
-    is continued keeps its own."""
+    without instructions for it, where it takes several times as long, tf32 (twice the memory of an unquantized base),
+    and on a GPU before Ampere fp16. A run that is continued keeps its own."""
     checkpointing: Optional[bool] = None
     """Recompute activations in backward: less memory, about a third more time. Unset: as few blocks as the GPU's memory
     allows, by the estimate; none on a CPU."""

@@ -8,7 +8,7 @@ from accessory.config import Precision
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.tf32: torch.float32}
 
-_BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # x86 three times, ARM
+_BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 twice, of ARM
 _AMPERE = (8, 0)
 
 

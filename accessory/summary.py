@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import Optional
 
-from accessory.config import Config
+from accessory.config import Config, Precision
 from accessory.data.datamodule import DataModule
 from accessory.estimate import estimate_training
 from accessory.fast import Fast, planned_step
 from accessory.models.llama import Llama
 from accessory.models.qformer import QFormerLlama
-from accessory.precision import multiplies_bf16
+from accessory.precision import default_precision, multiplies_bf16
 from accessory.quantization import QuantLinear, block_linears
 from accessory.strategies import World
 from accessory.tuning.recipe import count_trainables
@@ -38,6 +38,17 @@ def image_part_line(model: QFormerLlama) -> str:
     )
 
 
+def _compute_type(precision: Precision, world: World, checkpoint: Optional[Path]) -> str:
+    """With the reason, where it is not what one expects."""
+    name, device = precision.value, world.device.type.upper().replace("CUDA", "GPU")
+    is_usual, has_bf16 = precision is default_precision(world.device), multiplies_bf16(world.device)
+    if precision is Precision.bf16 and not has_bf16:
+        return f"{name}, slowly: this {device} has no instructions for it"
+    if is_usual and not has_bf16:
+        return f"{name}: this {device} has no instructions for bf16"
+    return name if is_usual or checkpoint is None else f"{name}, as the run was started"
+
+
 def describe_run(
     config: Config, model: Llama, data: DataModule, world: World, fast: Fast, checkpoint: Optional[Path]
 ) -> str:
@@ -52,9 +63,6 @@ def describe_run(
     steps = plan.steps * train.epochs
     steps = min(steps, train.max_steps) if train.max_steps > 0 else steps
     method, bits = config.quantization.method.value, 8 * size / weights
-    compute = train.precision.value
-    if not multiplies_bf16(world.device):
-        compute += f": this {'CPU' if world.device.type == 'cpu' else 'GPU'} has no instructions for bf16"
     validating = f"{len(data.val_items) if data.val_items is not None else 0:,}"
     if data.val_items is not None and len(data.val_items) < data.held_out:
         validating += f" of {data.held_out:,}"
@@ -63,7 +71,7 @@ def describe_run(
     rows = [
         ("base", f"{model.base['path']} ({total - trainable:,} weights)"),
         ("frozen", f"{weights:,} weights of {len(block_linears(model))} linears in {method}, {size / 2**20:,.0f} MiB"),
-        ("", f"({bits:.2f} bits a weight); compute in {compute}"),
+        ("", f"({bits:.2f} bits a weight); compute in {_compute_type(train.precision, world, checkpoint)}"),
         ("trains", f"{config.recipe.name}: {kinds} = {trainable:,} ({100 * trainable / total:.2f} %), fp32"),
         ("data", data.train_report.line()),
         ("", f"training on {len(data.train_items):,}, validating on {validating}"),

@@ -40,8 +40,8 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     precision: Optional[Precision] = None
-    """Compute type: bf16, fp16 or tf32 (fp32). Unset: bf16; on a CPU without instructions for it tf32, and on a GPU
-    before Ampere fp16."""
+    """Compute type: bf16, fp16 or tf32 (fp32). Unset: bf16; on a CPU without instructions for it tf32 (twice the memory
+    of an unquantized base; not for side_by_side), and on a GPU before Ampere fp16."""
     device: Optional[str] = None
     """cuda, cuda:1, cpu; unset: cuda where there is one."""
     text: Optional[str] = None
@@ -200,7 +200,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     output = _output_file(config.output) if config.output is not None else None
     if config.precision is None:
-        config = replace(config, precision=default_precision(find_device(config.device)))
+        usual = default_precision(find_device(config.device))
+        is_wide = usual is Precision.tf32 and config.side_by_side  # whose 16-bit rows show memory too
+        config = replace(config, precision=Precision.bf16 if is_wide else usual)
     sources = _open(config)
     what = config.text or config.data_config
     measure = _protocol(config, sources) if what is not None else None

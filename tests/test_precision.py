@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from test_finetune import RESUMED, interrupt, short_data, tiny_config
 
+import accessory
 from accessory import demo
-from accessory.config import ModelConfig, Precision
+from accessory.config import ModelConfig, Precision, QuantizationConfig, QuantMethod
 from accessory.demo_flags import add_generation_flags, add_model_flags, parse
 from accessory.errors import UserError
 from accessory.estimate.cases import Estimator
@@ -22,14 +24,14 @@ from accessory.finetune import finetune
 from accessory.precision import default_precision, multiplies_bf16
 from accessory.quantization.job import quantize_base
 from accessory.quantize_options import Method, QuantizeConfig
+from accessory.strategies import find_world
 from accessory.tools import EvaluateConfig, evaluate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ZEN3 = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx_ne_convert": False, "cpu_name": "AMD EPYC"}
+ZEN3 = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}
 WITH_BF16 = {
     "Zen 4": ZEN3 | {"avx512_f": True, "avx512_bf16": True},
     "Sapphire Rapids": ZEN3 | {"avx512_f": True, "avx512_bf16": True, "amx_bf16": True},
-    "Sierra Forest": ZEN3 | {"avx_ne_convert": True},
     "Graviton 3": {"neon": True, "bf16": True},
 }
 WITHOUT_BF16 = {"Zen 3": ZEN3, "Ice Lake": ZEN3 | {"avx512_f": True}, "Graviton 2": {"neon": True, "bf16": False}}
@@ -84,7 +86,7 @@ def test_a_gpu_computes_in_bf16_from_ampere_on_and_in_fp16_before(capability, pr
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads Linux's words")
 def test_this_cpus_instructions_are_those_that_linux_names():
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
-    assert multiplies_bf16(CPU) == (not {"avx512_bf16", "amx_bf16", "avx_ne_convert"}.isdisjoint(flags))
+    assert multiplies_bf16(CPU) == (not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags))
 
 
 def test_a_run_computes_as_the_cpu_can_and_says_so(usual, meta_folder, data, tmp_path, capsys, caught_dtype):
@@ -116,7 +118,7 @@ def test_what_is_asked_for_is_taken_on_a_cpu_without_bf16_too(monkeypatch, meta_
     on_cpu(monkeypatch, ZEN3)
     out = finetune(run_without_one(meta_folder, data, tmp_path / "out", **{"train.precision": "bf16"}))
     assert started_with(out) == "bf16"
-    assert "compute in bf16: this CPU has no instructions for bf16\n" in capsys.readouterr().out
+    assert "compute in bf16, slowly: this CPU has no instructions for it\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["output_dir", "--resume"])
@@ -131,6 +133,31 @@ def test_a_run_that_is_continued_elsewhere_keeps_its_own(named, monkeypatch, met
         )
     out = finetune(config)
     assert started_with(out) == "bf16" and caught_dtype == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_kept_one_that_the_cpu_would_not_choose_is_explained(monkeypatch, meta_folder, data, tmp_path, capsys):
+    on_cpu(monkeypatch, ZEN3)
+    config = tiny_config(meta_folder, data, tmp_path / "out", **RESUMED | {"train.precision": None})
+    interrupt(monkeypatch, config, 6)
+    on_cpu(monkeypatch, WITH_BF16["Zen 4"])
+    capsys.readouterr()
+    finetune(config)
+    assert "compute in tf32, as the run was started\n" in capsys.readouterr().out
+
+
+def on_unlike_cpus(base: Path, data: Path, out: Path) -> str:
+    """What a run tells of whose ranks the second alone has bf16."""
+    import accessory.precision as module
+
+    module._cpu_capabilities = lambda: WITH_BF16["Zen 4"] if find_world().rank == 1 else ZEN3
+    with pytest.raises(UserError) as caught:
+        finetune(run_without_one(base, data, out))
+    return str(caught.value)
+
+
+def test_ranks_on_unlike_cpus_are_told_to_agree(meta_folder, data, tmp_path):
+    for told in run_ranks(on_unlike_cpus, meta_folder, data, tmp_path / "out"):
+        assert told.startswith("rank 1 has precision='bf16', rank 0 has 'tf32'; give all the same --precision")
 
 
 def test_another_one_by_name_is_refused_when_continuing(monkeypatch, meta_folder, data, tmp_path):
@@ -161,6 +188,16 @@ def test_an_evaluation_computes_as_the_cpu_can_and_says_so(usual, meta_folder, t
     assert f"predictions, none, {usual})" in capsys.readouterr().out
 
 
+def test_three_forms_side_by_side_stay_in_16_bit(usual, meta_folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Join the paths of two folders. " * 20)
+    model, quantization = ModelConfig(pretrained_path=[str(meta_folder)]), QuantizationConfig(QuantMethod.rtn)
+    figures = evaluate(EvaluateConfig(model, quantization, device="cpu", text=str(text), seqlen=32, side_by_side=True))
+    whole = accessory.load_model([str(meta_folder)], dtype=torch.bfloat16)
+    assert figures["precision"] == "bf16" and "predictions, bf16)" in capsys.readouterr().out
+    assert figures["side_by_side"][0]["memory_bytes"] == sum(t.nbytes for t in (*whole.parameters(), *whole.buffers()))
+
+
 @pytest.mark.parametrize(
     ("more", "of_tf32"),
     [(["--quant"], torch.float32), ([], torch.bfloat16), (["--quant", "--dtype", "fp16"], torch.float16)],
@@ -187,8 +224,9 @@ def test_quantizing_keeps_the_bases_type_and_says_where_that_is_slow(usual, meta
     quantize_base(
         QuantizeConfig(model=model, output_dir=str(tmp_path / "out"), method=Method.rtn, group_size=32, device="cpu")
     )
-    slow = " (it has no instructions for bf16: --precision tf32 is faster, and leaves the unquantized in fp32)"
-    assert f"device      cpu, bfloat16{slow * (usual == 'tf32')}\n" in capsys.readouterr().out
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("device"))
+    assert told.startswith("device      cpu, bfloat16")
+    assert ("no instructions for bf16: scripts/quantize.py --precision tf32 is faster" in told) == (usual == "tf32")
 
 
 def bf16_base(base: Path, folder: Path) -> Path:

@@ -87,9 +87,12 @@ def _check_trans(trans: Path, target: Path) -> None:
 
 
 def _slow(plan: Plan) -> str:
-    if plan.dtype is not torch.bfloat16 or multiplies_bf16(plan.device):
+    if plan.device.type != "cpu" or plan.dtype is not torch.bfloat16 or multiplies_bf16(plan.device):
         return ""
-    return " (it has no instructions for bf16: --precision tf32 is faster, and leaves the unquantized in fp32)"
+    return (
+        " (it has no instructions for bf16: scripts/quantize.py --precision tf32 is faster, and leaves the unquantized "
+        "in fp32)"
+    )
 
 
 def describe_plan(plan: Plan, work: Work) -> str:
