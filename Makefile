@@ -24,7 +24,7 @@ quickstart-mm: install  ## teach it to read handwritten digits: alignment, then 
 
 test: install  ## run the whole test suite on the CPU, and the GPU tests where there is one
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    $(BIN)/python -m pytest tests/test_gpu.py; fi
+	    $(BIN)/python -m pytest -m gpu; fi
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 lint: install  ## check style with ruff
