@@ -21,7 +21,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
-from threading import Lock
+from threading import RLock
 from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
@@ -207,7 +207,9 @@ def _identity(model: Llama) -> tuple:
 
 
 _idle: WeakKeyDictionary[Llama, list[Decoder]] = WeakKeyDictionary()
-_lock = Lock()  # demos answer from several threads
+# Demos answer from several threads. Reentrant: an answer that nobody ended gives its decoder back when the garbage
+# collector finds it, which may be in here.
+_lock = RLock()
 _warned: set[str] = set()
 
 
@@ -234,16 +236,16 @@ def _take(model: Llama, batch: int, capacity: int) -> Optional[Decoder]:
     # A sharded payload is gathered by hooks of the blocks, which the decoder does not call.
     if model.device.type != "cuda" or model.sharded is not None:
         return None
-    kernels = working("accessory.decoding_cuda", SLOWER)
+    kernels = working("accessory.decoding_cuda", SLOWER, model.device)
     if kernels is None:
         return None
     with _lock:
         idle = _idle.get(model, [])
-        found = next((d for d in idle if d.suits(model, batch, capacity)), None)
-        # What no longer suits its batch size goes before the new one is made, for its memory.
+        found = next((d for d in idle if d.batch == batch), None)
         _idle[model] = [d for d in idle if d.batch != batch]
-    if found is not None:
+    if found is not None and found.suits(model, batch, capacity):
         return found
+    found = None  # its memory is for the new one
     try:
         decoder = Decoder(model, batch, -(-capacity // BUCKET) * BUCKET, kernels)
         decoder.capture(model)

@@ -6,6 +6,7 @@ import gc
 import logging
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_only_a_few_idle_graphs_are_kept_and_none_beyond_the_model(made):
     assert len(decoding._idle) == before - 1
 
 
+def test_an_answer_that_the_garbage_collector_ends_in_the_middle_of_another_gives_its_decoder_back(made):
+    model, abandoned = FakeModel(), ExitStack()
+    abandoned.enter_context(borrowed(model, 1, 10))
+
+    def collected() -> None:
+        with decoding._lock:
+            abandoned.close()
+
+    thread = Thread(target=collected, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(decoding._idle[model]) == 1
+
+
 def test_where_capturing_fails_the_plain_path_stays_with_one_warning_that_says_why(made, monkeypatch, caplog):
     monkeypatch.setattr(FakeDecoder, "fault", "operation not permitted when stream is capturing")
     with caplog.at_level(logging.WARNING):
@@ -193,6 +209,15 @@ def test_trainables_that_moved_in_place_are_seen_by_the_graph():
             if "lora_B" in name or name.endswith(("bias", "norm.weight")):
                 parameter.mul_(-1.5)
     assert answer(model, graphs=True) == answer(model, graphs=False) != before
+
+
+@gpu_test
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_models_on_two_gpus_of_one_process_answer_as_each_alone():
+    first, second = gpu_model(), gpu_model().to("cuda:1")
+    expected = answer(first, graphs=False)
+    assert answer(first, graphs=True) == answer(second, graphs=True) == expected
+    assert len(decoding._idle[second]) == 1
 
 
 @gpu_test

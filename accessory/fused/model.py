@@ -19,7 +19,8 @@ def why_not_fused(model: Llama) -> Optional[str]:
     for module in model.model.layers.modules():
         if isinstance(module, LoraLayer) and any(isinstance(d, nn.Dropout) for d in module.lora_dropout.values()):
             return "recipe.dropout is above 0"
-    if model.device.type == "cuda" and (reason := obstacle("accessory.fused.kernels_cuda")) is not None:
+    device = model.device
+    if device.type == "cuda" and (reason := obstacle("accessory.fused.kernels_cuda", device)) is not None:
         return f"its kernels do not run here: {reason}"
     return None
 

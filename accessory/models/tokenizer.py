@@ -82,7 +82,9 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
         if self.is_sentencepiece:
-            return self._inner.decode([i for i in ids if i not in (self.bos_id, self.eos_id)])
+            special = (self.bos_id, self.eos_id)
+            # A model may answer with a row of its embedding that no token has (`check_vocabulary`).
+            return self._inner.decode([i for i in ids if i < self.n_words and i not in special])
         return self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render_chat(self, messages: list[dict[str, str]], answer_follows: bool) -> str:

@@ -63,7 +63,7 @@ class Int4:
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         if self.can_fold(payload, shape):
-            return _kernels().dequantize(payload, self.bits, shape, dtype)
+            return _kernels(payload[0].device).dequantize(payload, self.bits, shape, dtype)
         codes, scales, zeros, *g_idx = payload
         signed = torch.int16 if self.bits == 8 else torch.int8  # holds code - zero
         whole = unpack_codes(codes, self.bits).to(signed)
@@ -75,15 +75,17 @@ class Int4:
         return grouped.to(torch.float16).mul_(scales.unsqueeze(-1)).view(shape).to(dtype)
 
     def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
-        _kernels().dequantize(payload, self.bits, tuple(out.shape), out.dtype, out, lora)
+        _kernels(payload[0].device).dequantize(payload, self.bits, tuple(out.shape), out.dtype, out, lora)
 
     def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
-        return payload[0].is_cuda and _kernels() is not None
+        return payload[0].is_cuda and _kernels(payload[0].device) is not None
 
 
-def _kernels() -> Optional[ModuleType]:
+def _kernels(device: torch.device) -> Optional[ModuleType]:
     return working(
-        "accessory.quantization.int4_cuda", "int4 weights are dequantized by plain PyTorch, several times slower"
+        "accessory.quantization.int4_cuda",
+        "int4 weights are dequantized by plain PyTorch, several times slower",
+        device,
     )
 
 

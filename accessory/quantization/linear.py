@@ -186,7 +186,8 @@ class QuantLinear(nn.Module):
         that is less than half the distance from the other to its neighbour, and an adapter starts at 0. It would learn,
         and for a while change nothing."""
         if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernels = working("accessory.quantization.matvec_cuda", "each token's forward pass dequantizes all weights")
+            slower = "each token's forward pass dequantizes all weights"
+            kernels = working("accessory.quantization.matvec_cuda", slower, x.device)
             if kernels is not None and kernels.fits(x, self.backend):
                 return kernels.matvec(x, self.payload, self.backend, self.shape, self.bias, added)
         return _FrozenLinear.apply(x, self.bias, added, self._backend_index, self.shape, *self.payload)

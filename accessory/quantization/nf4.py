@@ -44,7 +44,7 @@ class NF4:
 
     def dequantize(self, payload: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         if self.can_fold(payload, shape):
-            return _kernels().dequantize(payload, self.blocksize, shape, dtype)
+            return _kernels(payload[0].device).dequantize(payload, self.blocksize, shape, dtype)
         packed, absmax, *second = payload
         if self.double_quant:
             codebook, scales, mean = second
@@ -52,13 +52,13 @@ class NF4:
         return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.blocksize, "nf4", shape, dtype)
 
     def dequantize_into(self, payload: Sequence[Tensor], out: Tensor, lora: Optional[tuple[Tensor, Tensor]]) -> None:
-        _kernels().dequantize(payload, self.blocksize, tuple(out.shape), out.dtype, out, lora)
+        _kernels(payload[0].device).dequantize(payload, self.blocksize, tuple(out.shape), out.dtype, out, lora)
 
     def can_fold(self, payload: Sequence[Tensor], shape: tuple[int, int]) -> bool:
         """The kernel's blocks must not reach from one row into the next."""
         aligned = shape[1] % self.blocksize == 0 and self.blocksize <= 256
-        return payload[0].is_cuda and aligned and _kernels() is not None
+        return payload[0].is_cuda and aligned and _kernels(payload[0].device) is not None
 
 
-def _kernels() -> Optional[ModuleType]:
-    return working("accessory.quantization.nf4_cuda", "NF4 weights are dequantized by bitsandbytes, LoRA apart")
+def _kernels(device: torch.device) -> Optional[ModuleType]:
+    return working("accessory.quantization.nf4_cuda", "NF4 weights are dequantized by bitsandbytes, LoRA apart", device)

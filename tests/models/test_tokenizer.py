@@ -47,6 +47,12 @@ def test_sentencepiece_is_preferred_to_tokenizer_json_alone(folder, tokenizer_fi
     assert find_tokenizer(folder) == folder / "tokenizer.model"
 
 
+def test_rows_of_the_embedding_that_no_token_has_are_no_text(tokenizer_file):
+    tokenizer = Tokenizer(tokenizer_file)
+    ids = tokenizer.encode("a line of text", bos=False, eos=False)
+    assert tokenizer.decode([*ids, tokenizer.n_words, tokenizer.n_words + 3]) == "a line of text"
+
+
 def test_a_model_without_a_tokenizer_says_how_to_name_one(tokenizer):
     assert require_tokenizer(SimpleNamespace(tokenizer=tokenizer)) is tokenizer
     with pytest.raises(UserError, match="name it with --tokenizer_path"):
