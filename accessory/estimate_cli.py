@@ -36,8 +36,8 @@ class EstimateConfig:
     """What accessory-estimate is asked: the settings of a run, and its own."""
 
     size: Optional[str] = None
-    """Model by its size: 7b, 13b or 70b (LLaMA2's shapes); otherwise --pretrained_path or --llama_config describe it,
-    by config.json or params.json alone, without weights."""
+    """Model by its size: 7b, 13b or 70b (LLaMA2's shapes), or tiny; otherwise --pretrained_path or --llama_config
+    describe it, by config.json or params.json alone, without weights."""
     ranks: int = 1
     """GPUs that the run will have; with strategy.data_parallel=fsdp the quantized weights are spread over them."""
     gpu_memory: Optional[float] = None

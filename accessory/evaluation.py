@@ -44,8 +44,10 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"--text {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path}: not readable as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise UserError(f"--text {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path}: not UTF-8 text (byte {error.start})") from None
 
 
 @torch.inference_mode()
@@ -55,7 +57,10 @@ def text_perplexity(model: Llama, text: str, seqlen: int, max_tokens: int = -1, 
     ids = ids[:max_tokens] if max_tokens > 0 else ids
     windows = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
     if len(windows) == 0:
-        raise UserError(f"the text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}")
+        raise UserError(
+            f"the text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; take a longer text, "
+            "or a smaller seqlen"
+        )
     check_weights(model)
     nll, tokens = 0.0, 0
     for batch in _bar(windows.split(batch_size), "perplexity"):

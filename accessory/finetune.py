@@ -87,6 +87,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     if config.quantization.method not in CALIBRATED or sources.folders[0].packed:
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
+    _refuse_base(output_dir, sources)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)
@@ -260,6 +261,11 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Lightning makes DistributedDataParallel on a stream of its own; at worst the GPU waits once a step.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+
+
+def _refuse_base(output_dir: Path, sources: Sources) -> None:
+    if output_dir.absolute().resolve() in [folder.path.absolute().resolve() for folder in sources.folders]:
+        raise UserError(f"--output_dir {output_dir}: is a folder of --pretrained_path; choose another")
 
 
 def _make_writable(output_dir: Path) -> None:

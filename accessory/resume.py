@@ -23,6 +23,7 @@ from accessory.bases import FROZEN_FILE, META_FILE, TRAINABLE_FILE
 from accessory.config import Precision, ResumeConfig, SaveConfig
 from accessory.errors import UserError
 from accessory.files import atomic_folder, sha256
+from accessory.folders import listing
 from accessory.models import read_json
 from accessory.module import FinetuneModule
 from accessory.split import SPLIT_KEYS, Split, count_epoch
@@ -177,6 +178,17 @@ def refuse_last_epoch(checkpoint: Path, before: Split, rows: int, epochs: int) -
         )
 
 
+def _no_checkpoint(named: Path) -> Optional[str]:
+    """What --resume names instead of a checkpoint; None where it may be one."""
+    if named.is_file():
+        return "a file; name its folder"
+    if not named.is_dir():
+        return "no such folder"
+    if not (named / SUMS_FILE).exists():
+        return f"{SUMS_FILE} is not there; it holds {listing(named)}"
+    return None
+
+
 def damage(checkpoint: Path) -> Optional[str]:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
@@ -209,7 +221,7 @@ def find_checkpoint(
     if resume.path is None:
         return _newest_whole(candidates, resume, settings, unknown) if candidates else None
     named, run = Path(resume.path).expanduser(), candidates[0].absolute().parent.parent
-    if candidates == [named] and (wrong := damage(named)) is not None:
+    if candidates == [named] and (wrong := _no_checkpoint(named) or damage(named)) is not None:
         raise UserError(f"--resume {resume.path}: not a whole checkpoint ({wrong})")
     if run != output_dir.absolute() and checkpoint_folders(output_dir / "checkpoints"):
         raise UserError(f"--output_dir {output_dir}: holds another run than --resume {resume.path}; choose another")
@@ -246,7 +258,10 @@ def _newest_whole(
             _compare_split(checkpoint, resume, settings, unknown)
             return checkpoint
         if os.environ.get("RANK", "0") == "0":
-            print(f"checkpoint {checkpoint} is damaged ({wrong}); trying the one before", flush=True)
+            then = "" if checkpoint == candidates[0] else "; trying the one before"
+            print(f"checkpoint {checkpoint} is damaged ({wrong}){then}", flush=True)
+    if resume.path is not None:
+        raise UserError(f"--resume {resume.path}: no checkpoint in it is whole; name another, or start without")
     raise UserError(f"--output_dir {run}: no checkpoint in it is whole; choose another folder, or remove it")
 
 
@@ -272,11 +287,20 @@ def compare_settings(checkpoint: Path, settings: dict[str, Any], unknown: Collec
     for key in {**settings, **started_with}:  # in the order of settings: a plain cause before its digest
         before, now = started_with.get(key), settings.get(key)
         if before != now and key not in unknown:
+            name, before, now = _where_they_differ(key, before, now)
             at_next_epoch = " resume.allow_world_size=true to go on at the next epoch," * (key == "world_size")
             raise UserError(
-                f"{checkpoint.absolute().parent.parent}: its run was started with {key}={before!r}, this one has "
+                f"{checkpoint.absolute().parent.parent}: its run was started with {name}={before!r}, this one has "
                 f"{now!r}; give the same settings to continue it,{at_next_epoch} or choose another --output_dir"
             )
+
+
+def _where_they_differ(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first setting of a group that is not the same, rather than the whole of both groups."""
+    while isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        name, before, now = f"{name}.{key}", before.get(key), now.get(key)
+    return name, before, now
 
 
 def _started_with(checkpoint: Path) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_missing_text_is_refused_before_the_model_is_read(hf_folder, tmp_path, m
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"--text .*latin\.txt: not readable as UTF-8 text"):
+    with pytest.raises(UserError, match=r"--text .*latin\.txt: not UTF-8 text \(byte 3\)"):
         read_text(tmp_path / "latin.txt")
 
 

@@ -616,8 +616,8 @@ def test_half_written_checkpoint_is_never_taken_for_one(interrupted, uninterrupt
         ("data", "val_fraction", 0.5, "val_fraction=0.25, this one has 0.5;"),
         ("data", "val_items", 3, "val_items=None, this one has 3;"),
         (None, "seed", 1, "seed=0, this one has 1;"),
-        ("optim", "lr", 0.5, r"optim=.*'lr': 0\.01,.* this one has .*'lr': 0\.5,.*;"),
-        ("recipe", "dropout", 0.0, r"recipe=.*'dropout': 0\.3,.* this one has .*'dropout': 0\.0,.*;"),
+        ("optim", "lr", 0.5, "optim.lr=0.01, this one has 0.5;"),
+        ("recipe", "dropout", 0.0, "recipe.dropout=0.3, this one has 0.0;"),
     ],
 )
 def test_continuing_with_another_setting_is_refused_naming_both(section, name, value, told, interrupted):
@@ -708,10 +708,34 @@ def test_resume_from_a_damaged_checkpoint_is_refused(interrupted):
         finetune(interrupted)
 
 
-def test_resume_from_nowhere_is_refused(interrupted, tmp_path):
-    interrupted.resume.path = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"--resume .*nowhere: not a whole checkpoint"):
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("nowhere", "no such folder"),
+        ("items.json", "a file; name its folder"),
+        ("out/checkpoints", "checksums.json is not there; it holds step-00000003"),
+    ],
+)
+def test_resume_from_what_is_no_checkpoint_tells_what_is_there(named, found, interrupted, tmp_path):
+    (tmp_path / "items.json").touch()
+    interrupted.resume.path = str(tmp_path / named)
+    with pytest.raises(UserError, match=rf"--resume .*{named}: not a whole checkpoint \({found}"):
         finetune(interrupted)
+
+
+def test_resume_from_another_run_without_a_whole_checkpoint_names_that(interrupted, tmp_path, capsys):
+    truncate(Path(interrupted.output_dir) / "checkpoints" / "step-00000003" / "state.ckpt")
+    interrupted.resume.path, interrupted.output_dir = interrupted.output_dir, str(tmp_path / "other")
+    with pytest.raises(UserError, match=rf"--resume {interrupted.resume.path}: no checkpoint in it is whole"):
+        finetune(interrupted)
+    assert "trying the one before" not in capsys.readouterr().out
+
+
+def test_the_bases_own_folder_as_output_dir_is_refused(meta_folder, data):
+    before = sorted(meta_folder.iterdir())
+    with pytest.raises(UserError, match=r"--output_dir .*: is a folder of --pretrained_path; choose another"):
+        finetune(tiny_config(meta_folder, data, meta_folder))
+    assert sorted(meta_folder.iterdir()) == before
 
 
 # --- what cannot start -----------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ def _check_single_turn(item: dict[str, Any]) -> None:
             hint = "; it looks like a conversation: add --dialog, or preprocess: multi_turn_llava to its entry"
         elif "caption" in item:
             hint = "; it looks like a caption: add preprocess: caption to its entry"
+        if "output" in item and not hint:
+            raise ValueError("'output' is empty: there is nothing to learn from it")
         raise ValueError(f"no 'output' (an Alpaca item has instruction, input, output){hint}")
 
 

@@ -39,7 +39,11 @@ def read_data_config(path: str, default: Optional[PromptType], flag: str = "--da
         content = yaml.safe_load(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{flag} {path}:{error.problem_mark.line + 1}: not valid YAML ({error.problem})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: not valid YAML ({str(error).splitlines()[0]})") from None
     metas = content.get("META") if isinstance(content, dict) else None
     if not isinstance(metas, list) or not metas:
@@ -59,7 +63,8 @@ def _entry(meta: Any, file: Path, default: Optional[PromptType]) -> Entry:
     if not data.is_file() and (file.parent / data).is_file():
         data = file.parent / data
     if not data.is_file():
-        raise UserError(f"{file}: {meta['path']}: no such data file")
+        found = "is a folder; name a file in it" if data.is_dir() else "no such data file"
+        raise UserError(f"{file}: {meta['path']}: {found}")
     preprocess = meta.get("preprocess")
     if preprocess not in (None, *PREPROCESS):
         raise UserError(f"{file}: preprocess {preprocess!r}: known are {', '.join(PREPROCESS)}")
@@ -125,7 +130,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+        hint = "; if each line is an item, name it .jsonl" * error.msg.startswith("Extra data")
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}){hint}") from None
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of items, found a {type(content).__name__}")
     for number, item in enumerate(content):

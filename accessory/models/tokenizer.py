@@ -32,6 +32,10 @@ class Tokenizer:
             if found is None:
                 raise UserError(f"--tokenizer_path {path}: holds neither tokenizer.json nor {SENTENCEPIECE_FILE}")
             self.path = found
+        elif self.path.name == HF_FILES[0]:
+            self.path = self.path.parent
+        elif self.path.suffix != ".model":
+            raise UserError(f"--tokenizer_path {path}: no tokenizer; name a *.model file of sentencepiece, or a folder")
         self.is_sentencepiece = self.path.is_file() and self.path.suffix == ".model"
         self._open_sentencepiece() if self.is_sentencepiece else self._open_huggingface()
 

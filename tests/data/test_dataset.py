@@ -163,9 +163,10 @@ def test_single_turn_llava_takes_question_and_answer_from_the_first_two_turns(tm
         ("a.jsonl", "[" * 10**5, r"a\.jsonl:1: not valid JSON \(nested too deeply"),
         ("a.json", '{"instruction": "a"}', r"a\.json: expected a list of items, found a dict"),
         ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "c"}]', r"a\.json: item 1: no 'output'"),
-        ("a.json", '[{"instruction": "a", "output": ""}]', r"a\.json: item 0: no 'output'"),
+        ("a.json", '[{"instruction": "a", "output": ""}]', r"a\.json: item 0: 'output' is empty"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "c"}\n', r"a\.jsonl:3: no 'output'"),
-        ("a.csv", "instruction,output\na,b\nc,\n", r"a\.csv:3: no 'output'"),
+        ("a.csv", "instruction,output\na,b\nc,\n", r"a\.csv:3: 'output' is empty"),
+        ("a.json", '{"instruction": "a"}\n{"instruction": "b"}', r"a\.json:2: not valid JSON \(Extra.*name it \.jsonl"),
         ("a.json", '[{"instruction": "a", "output": 7}]', r"item 0: 'output' must be text, found int 7"),
         (
             "a.json",
@@ -198,6 +199,7 @@ def test_file_that_is_not_utf8_is_refused(name, tmp_path, tokenizer):
     ("entry", "complaint"),
     [
         ({"path": "absent.json"}, r"data\.yaml: absent\.json: no such data file"),
+        ({"path": "/"}, r"data\.yaml: /: is a folder; name a file in it"),
         ({"type": "text"}, r"data\.yaml: an entry of META has no path"),
         ("items.json", r"data\.yaml: an entry of META has no path"),
         (
@@ -223,16 +225,17 @@ def test_unusable_meta_entry_is_refused_with_what_is_known(entry, complaint, tmp
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("META: [", "not valid YAML"),
-        ("DATA: []", "needs a list META"),
-        ("META: []", "needs a list META"),
-        ("- a", "needs a list META"),
-        ("", "needs a list META"),
+        ("META: [", "1: not valid YAML"),
+        ("META:\n\t- path: a", r"2: not valid YAML \(found character '\\t'"),
+        ("DATA: []", " needs a list META"),
+        ("META: []", " needs a list META"),
+        ("- a", " needs a list META"),
+        ("", " needs a list META"),
     ],
 )
 def test_yaml_without_meta_is_refused(content, complaint, tmp_path):
     (tmp_path / "data.yaml").write_text(content)
-    with pytest.raises(UserError, match=rf"--data_config .*data\.yaml: {complaint}"):
+    with pytest.raises(UserError, match=rf"--data_config .*data\.yaml:{complaint}"):
         read_data_config(str(tmp_path / "data.yaml"), None)
 
 

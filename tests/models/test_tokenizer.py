@@ -53,6 +53,12 @@ def test_rows_of_the_embedding_that_no_token_has_are_no_text(tokenizer_file):
     assert tokenizer.decode([*ids, tokenizer.n_words, tokenizer.n_words + 3]) == "a line of text"
 
 
+def test_a_file_that_is_no_tokenizer_is_refused(folder):
+    (folder / "params.json").write_text("{}")
+    with pytest.raises(UserError, match=r"params\.json: no tokenizer; name a \*\.model file"):
+        Tokenizer(folder / "params.json")
+
+
 def test_a_model_without_a_tokenizer_says_how_to_name_one(tokenizer):
     assert require_tokenizer(SimpleNamespace(tokenizer=tokenizer)) is tokenizer
     with pytest.raises(UserError, match="name it with --tokenizer_path"):

@@ -83,7 +83,7 @@ def test_data_that_cannot_be_learnt_from_is_told_before_the_base_is_quantized(hf
     [
         ({"resume.path": "nowhere"}, "--resume nowhere: not a whole checkpoint"),
         ({"data.max_words": 48}, "its run was started with max_words=64, this one has 48"),
-        ({"quantization.method": "awq"}, r"its run was started with quantization=\{'method': 'nf4'"),
+        ({"quantization.method": "awq"}, "its run was started with quantization.method='nf4', this one has 'int4'"),
     ],
 )
 def test_what_cannot_be_continued_is_told_before_the_base_is_quantized(
