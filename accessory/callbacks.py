@@ -89,7 +89,7 @@ class Curves(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         with contextlib.suppress(Exception):  # what stopped the run is to be told, not that its last step is unknown
             module.settle()
-        with contextlib.suppress(OSError):  # nor that the disk is full
+        with contextlib.suppress(Exception):  # nor that the disk is full
             save_curves(trainer, self.folder)
 
 
@@ -102,11 +102,15 @@ def save_curves(trainer: Trainer, folder: Path) -> None:
 
 
 def read_series(folder: Path, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column of a run's CSV logs; a resumed run has several, and the later one counts."""
+    """Steps and values of one column of a run's CSV logs; a resumed run has several, and the later one counts. Rows
+    that a full disk or a lost machine left half-written are passed over."""
     points: dict[int, float] = {}
     for file in sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
-        with file.open(newline="") as handle:
-            points |= {int(row["step"]): float(row[name]) for row in csv.DictReader(handle) if row.get(name)}
+        with file.open(newline="", errors="replace") as handle:
+            for row in csv.DictReader(line for line in handle if "\0" not in line):
+                with contextlib.suppress(TypeError, ValueError):
+                    if row.get(name):
+                        points[int(row["step"])] = float(row[name])
     return sorted(points), [points[step] for step in sorted(points)]
 
 

@@ -154,7 +154,10 @@ def export_peft(model: Llama, folder: Path) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """An export never overwrites a folder that holds something."""
+    """An export never overwrites a folder that holds something, and appears in one step, which a disk's own folder
+    cannot."""
+    if folder.is_mount():
+        raise UserError(f"--output_dir {folder}: a disk is mounted there; name a folder in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "model" if (folder / CONFIG_FILE).is_file() else "something"
         raise UserError(f"--output_dir {folder}: holds {kind} already; choose another, or remove it")

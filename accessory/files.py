@@ -26,8 +26,9 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it becomes `target` in one step, or never existed."""
-    target = target.absolute()
+    """Yield an empty folder to fill; it becomes `target`, or the folder that it is a link to, in one step, or never
+    existed."""
+    target = target.resolve()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

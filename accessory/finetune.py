@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import Strategy
 
 from accessory import fast as fast_parts
@@ -66,6 +67,8 @@ from accessory.strategies import (
 from accessory.summary import describe_run
 from accessory.tuning.recipe import check_recipe, trainable_names
 
+MERGED = "model"  # in the output folder, without --only_save_trainable
+
 
 def finetune(config: Config) -> Path:
     """Train, and return the folder with trainable.safetensors, meta.json, config.yaml, tokenizer and curves.png.
@@ -87,7 +90,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     if config.quantization.method not in CALIBRATED or sources.folders[0].packed:
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
-    _refuse_base(output_dir, sources)
+    _refuse_overwriting(config, output_dir, sources)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)
@@ -135,12 +138,12 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     checkpoints = Checkpoints(output_dir / "checkpoints", config.save, split, write_result)
     if checkpoint is not None:
         checkpoints.continue_from(checkpoint, world.rank if before == split else None)
-    interruption = Interruption(checkpoints, _go_on(config))
+    interruption = Interruption(checkpoints, named=config.resume.path is not None)
     callbacks = [interruption, checkpoints, Curves(output_dir)]
     if before not in (None, split):
         callbacks.append(NextEpoch(before, data.train_plan.rows, config.seed, world.rank))
     strategy = make_strategy(world, own_sums=module.graphed is not None)
-    trainer = _trainer(config, world, strategy, loggers, data, callbacks)
+    trainer = _trainer(config, world, strategy, loggers, data, callbacks, output_dir)
     if world.rank == 0:
         print(describe_run(config, model, data, world, fast, checkpoint), flush=True)
         fast.warn()
@@ -151,7 +154,7 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
     if world.rank == 0:
         meta |= _outcome(trainer, module, data)
         if not config.only_save_trainable:
-            export_hf(model, output_dir / "model")
+            export_hf(model, output_dir / MERGED)
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir
@@ -201,11 +204,6 @@ def _check_strategy(config: Config, world: World) -> None:
             "--data_parallel fsdp: no rank holds the whole base, so none can write a merged model; add "
             "--only_save_trainable, and merge afterwards with scripts/export.py"
         )
-
-
-def _go_on(config: Config) -> str:
-    """How a stopped run is continued; a checkpoint that was named stays the one that is taken."""
-    return f"the same command{'' if config.resume.path is None else ' without --resume'} continues"
 
 
 def _check_images(config: Config, data: DataModule) -> None:
@@ -263,9 +261,21 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
-def _refuse_base(output_dir: Path, sources: Sources) -> None:
-    if output_dir.absolute().resolve() in [folder.path.absolute().resolve() for folder in sources.folders]:
+def _refuse_overwriting(config: Config, output_dir: Path, sources: Sources) -> None:
+    """What the run writes must not take the place of what it reads, nor of another's model."""
+    if output_dir.resolve() in [folder.path.resolve() for folder in sources.folders]:
         raise UserError(f"--output_dir {output_dir}: is a folder of --pretrained_path; choose another")
+    merged = output_dir / MERGED
+    if config.only_save_trainable or not merged.exists():
+        return
+    vision = [] if config.model.vision_path is None else [Path(config.model.vision_path).expanduser()]
+    read = [path.resolve() for path in (*(folder.path for folder in sources.folders), *vision)]
+    is_new = not (output_dir / "checkpoints").exists()  # else it may be this run's, which was killed right behind it
+    if is_new or any(path.is_relative_to(merged.resolve()) for path in read):
+        raise UserError(
+            f"--output_dir {output_dir}: the merged model is to be written to {merged}, which exists; choose another, "
+            "or add --only_save_trainable"
+        )
 
 
 def _make_writable(output_dir: Path) -> None:
@@ -305,13 +315,20 @@ def _trainer(
     loggers: list[Logger],
     data: DataModule,
     callbacks: list[Callback],
+    output_dir: Path,
 ) -> Trainer:
+    plugins: list[Any] = [PlainCheckpointIO()]
+    if config.train.precision is Precision.fp16:
+        plugins.append(Float16(world.device))
+    if world.size == 1:
+        plugins.append(LightningEnvironment())  # nor does it take SLURM's signals and ranks from an sbatch's variables
     return Trainer(
         accelerator="gpu" if world.device.type == "cuda" else "cpu",
         devices=world.local_size if world.size > 1 else [world.local_rank] if world.device.type == "cuda" else 1,
         num_nodes=world.nodes,
         strategy=strategy,
-        plugins=[PlainCheckpointIO(), *([Float16(world.device)] if config.train.precision is Precision.fp16 else [])],
+        plugins=plugins,
+        default_root_dir=output_dir,  # where Lightning looks for checkpoints of SLURM's, which it takes unasked
         max_epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         accumulate_grad_batches=config.train.accum_iter,

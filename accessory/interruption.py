@@ -26,11 +26,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a conn
 class Interruption(Callback):
     """As a context around Trainer.fit it takes the signals, and acts on them once training has begun.
 
-    checkpoints: where to save. go_on: how to continue the run, in words.
+    checkpoints: where to save. named: whether the command names a checkpoint to continue from.
     """
 
-    def __init__(self, checkpoints: Checkpoints, go_on: str):
-        self.checkpoints, self.go_on = checkpoints, go_on
+    def __init__(self, checkpoints: Checkpoints, named: bool):
+        self.checkpoints, self.named = checkpoints, named
         self._module: Optional[FinetuneModule] = None
         self._signal = signal.SIGTERM  # of a rank that hears of it from the others
         self._before: dict[int, Any] = {}
@@ -66,14 +66,21 @@ class Interruption(Callback):
                 os.write(2, b"\nCtrl-C: stopping after this step; once more stops at once, without saving it\n")
         elif is_interrupt and self._is_alone:
             signal.signal(number, signal.SIG_DFL)
-            raise Interrupted(number, f"stopped at once by a second Ctrl-C; {self.go_on}{self._from_newest()}")
+            raise Interrupted(number, f"stopped at once by a second Ctrl-C; {self._go_on}{self._from_newest()}")
 
     def _end_early(self, number: int) -> None:
         """Nothing has been done yet that could be lost."""
         if number == signal.SIGINT:  # Lightning would make exit code 1 of a KeyboardInterrupt
-            raise Interrupted(number, f"stopped before the first step; {self.go_on}{self._from_newest()}")
+            raise Interrupted(number, f"stopped before the first step; {self._go_on}{self._from_newest()}")
         signal.signal(number, self._before[number])
         os.kill(os.getpid(), number)
+
+    @property
+    def _go_on(self) -> str:
+        """A named checkpoint stays the one that is taken; but it is needed until the run has one of its own."""
+        newest, folder = self.checkpoints.newest, self.checkpoints.folder
+        has_own = newest is not None and newest.absolute().parent == folder.absolute()
+        return f"the same command{' without --resume' if self.named and has_own else ''} continues"
 
     def _from_newest(self) -> str:
         newest = self.checkpoints.newest
@@ -111,7 +118,7 @@ class Interruption(Callback):
     def _raise(self, step: int) -> NoReturn:
         newest = self.checkpoints.newest
         raise Interrupted(
-            self._signal, f"stopped by {self._signal.name} after step {step}; saved {newest}; {self.go_on}"
+            self._signal, f"stopped by {self._signal.name} after step {step}; saved {newest}; {self._go_on}"
         )
 
 

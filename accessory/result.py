@@ -26,6 +26,7 @@ from accessory.tuning.recipe import trainable_state
 from accessory.weights import layered, read_tensor
 
 VERSIONED = ("transformers", "pytorch-lightning", "bitsandbytes", "peft")
+RESULT = ".result"  # for the moment between whole and in its place; what a user calls result is none of ours
 
 
 def save_trainable(
@@ -42,7 +43,7 @@ def save_trainable(
     frozen: the file of `save_frozen`, linked into `folder` where it does not lie there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder / "result") as partial:
+    with atomic_folder(folder / RESULT) as partial:
         save_file(trainable_state(model), partial / TRAINABLE_FILE, metadata={"format": "pt"})
         os.chmod(partial / TRAINABLE_FILE, 0o644)  # safetensors makes it private to its owner
         content = meta | {"versions": _versions(), "sha256": sha256(partial / TRAINABLE_FILE)}
@@ -55,9 +56,9 @@ def save_trainable(
         if frozen is not None and frozen.parent != folder:
             link(frozen, partial / FROZEN_FILE)
     # The trainables move last: where they stand, all that describes them stands too.
-    for path in sorted((folder / "result").iterdir(), key=lambda p: p.name == TRAINABLE_FILE):
+    for path in sorted((folder / RESULT).iterdir(), key=lambda p: p.name == TRAINABLE_FILE):
         os.replace(path, folder / path.name)
-    (folder / "result").rmdir()
+    (folder / RESULT).rmdir()
 
 
 def save_frozen(folders: list[Folder], trains: set[str], file: Path) -> Optional[str]:

@@ -7,11 +7,13 @@ Lightning's training state (moments, scheduler, loop and data position) and ever
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +30,8 @@ from accessory.models import read_json
 from accessory.module import FinetuneModule
 from accessory.split import SPLIT_KEYS, Split, count_epoch
 from accessory.strategies import gather
+
+log = logging.getLogger(__name__)
 
 RUN_FILE, STATE_FILE, RNG_FILE, SUMS_FILE = "run.json", "state.ckpt", "rng.pt", "checksums.json"
 SPLIT_FILE = "split.json"  # of each checkpoint its own: those of a folder can come from different numbers of ranks
@@ -81,7 +85,7 @@ class Checkpoints(Callback):
                 sums = known | {p.name: sha256(p) for p in sorted(partial.iterdir()) if p.name not in known}
                 (partial / SUMS_FILE).write_text(json.dumps(sums, indent=2))
             for old in checkpoint_folders(self.folder)[: -self.config.keep]:
-                shutil.rmtree(old)
+                _remove(old)
         else:
             trainer.save_checkpoint(target)  # takes part in the barriers; only rank 0 writes
         trainer.strategy.barrier()  # a rank that ended before would have torchrun end the one that writes
@@ -156,13 +160,20 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def _remove(checkpoint: Path) -> None:
+    """One that is no longer needed: that it cannot be removed (another process has it open on NFS) stops no run."""
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    if checkpoint.exists():
+        log.warning("%s is no longer needed and cannot be removed", checkpoint)
+
+
 def set_later_aside(checkpoint: Path, folder: Path) -> None:
     """A run that goes on from an older checkpoint of `folder` writes those behind it anew; the old ones are kept, but
     are no longer continued from."""
     for later in checkpoint_folders(folder):
         if checkpoint.absolute().parent == folder.absolute() and later.name > checkpoint.name:
-            aside = later.with_name(f"aside-{later.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (later.with_name(f"aside-{'' if n == 1 else f'{n}-'}{later.name}") for n in count(1))
+            aside = next(path for path in names if not path.exists())
             later.rename(aside)
             print(f"{later} lies behind the checkpoint that is continued; it is now {aside.name}", flush=True)
 

@@ -28,6 +28,14 @@ def test_a_folder_whose_filling_is_broken_off_never_existed(tmp_path, failure):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    with atomic_folder(tmp_path / "link") as partial:
+        (partial / "weights").write_bytes(b"whole")
+    assert content_of(tmp_path / "disk" / "model") == {"weights": b"whole"} and (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 def test_a_folder_is_replaced_by_a_whole_one_or_not_at_all(tmp_path, failure):
     target = tmp_path / "model"

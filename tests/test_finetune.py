@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 import accessory
 import accessory.finetune as finetune_module
 import accessory.result as result
+import accessory.resume as resume
 from accessory.callbacks import read_series
 from accessory.config import Config
 from accessory.errors import UserError
@@ -110,7 +112,7 @@ def finished(tmp_path_factory, meta_folder) -> Path:
 def test_finished_run_holds_all_that_describes_it(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"trainable.safetensors", "meta.json", "config.yaml", "tokenizer.model", "curves.png", "logs"}
-    assert not any(name.startswith(".") or name == "result" for name in names)
+    assert not any(name.startswith(".") for name in names)
 
 
 def test_meta_says_base_recipe_quantization_and_versions(finished, meta_folder):
@@ -700,6 +702,14 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(
     assert (folder / "aside-step-00000006" / "trainable.safetensors").is_file()
 
 
+def test_what_was_set_aside_stays_where_that_happens_again(tmp_path):
+    for _ in range(3):
+        (tmp_path / "step-00000006").mkdir()
+        resume.set_later_aside(tmp_path / "step-00000003", tmp_path)
+    kept = {"aside-step-00000006", "aside-2-step-00000006", "aside-3-step-00000006"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_resume_from_a_damaged_checkpoint_is_refused(interrupted):
     checkpoint = Path(interrupted.output_dir) / "checkpoints" / "step-00000003"
     truncate(checkpoint / "state.ckpt")
@@ -736,6 +746,44 @@ def test_the_bases_own_folder_as_output_dir_is_refused(meta_folder, data):
     with pytest.raises(UserError, match=r"--output_dir .*: is a folder of --pretrained_path; choose another"):
         finetune(tiny_config(meta_folder, data, meta_folder))
     assert sorted(meta_folder.iterdir()) == before
+
+
+def test_the_base_where_the_merged_model_is_to_be_written_is_refused_untouched(hf_folder, data, tmp_path):
+    base = shutil.copytree(hf_folder, tmp_path / "out" / "model")
+    with pytest.raises(
+        UserError, match=r"written to .*/out/model, which exists; choose another, or add --only_save_tr"
+    ):
+        finetune(tiny_config(base, data, tmp_path / "out", only_save_trainable=False))
+    assert sorted(path.name for path in base.iterdir()) == sorted(path.name for path in hf_folder.iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_what_a_user_calls_result_stays(meta_folder, data, tmp_path):
+    table = tmp_path / "out" / "result" / "table.csv"
+    table.parent.mkdir(parents=True)
+    table.touch()
+    finetune(tiny_config(meta_folder, data, tmp_path / "out", **{"train.max_steps": 1}))
+    assert table.exists()
+
+
+def test_a_checkpoint_that_cannot_be_removed_stops_no_run(meta_folder, data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resume, "shutil", SimpleNamespace(rmtree=lambda path, ignore_errors: None))
+    changes = {"train.max_steps": 2, "save.step_interval": 1, "save.keep": 1}
+    out = finetune(tiny_config(meta_folder, data, tmp_path / "out", **changes))
+    assert (out / "trainable.safetensors").is_file()
+    assert "step-00000001 is no longer needed and cannot be removed" in caplog.text
+
+
+def test_a_run_that_starts_takes_no_checkpoint_that_lies_about(meta_folder, data, tmp_path, monkeypatch, uninterrupted):
+    """Lightning would, under SLURM: hpc_ckpt_1.ckpt of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"another's")
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0",
+                        "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert_same_bits(
+        trainables(finetune(tiny_config(meta_folder, data, tmp_path / "out", **RESUMED))), trainables(uninterrupted)
+    )
 
 
 # --- what cannot start -----------------------------------------------------------------------------------------------

@@ -181,6 +181,17 @@ def test_stopped_run_that_named_its_checkpoint_goes_on_without_naming_it(tmp_pat
     assert stop.message.endswith("the same command without --resume continues")
 
 
+def test_stopped_before_a_checkpoint_of_its_own_a_run_keeps_the_named_one(tmp_path, meta_folder, data, monkeypatch):
+    config = tiny_config(meta_folder, data, tmp_path / "first", **RESUMED)
+    with signals_in(monkeypatch, FinetuneModule, "training_step", 2, signal.SIGTERM):
+        stopped(config)
+    config.resume.path, config.output_dir = config.output_dir, str(tmp_path / "second")
+    with signals_in(monkeypatch, FinetuneModule, "configure_optimizers", 1, signal.SIGINT):
+        stop = stopped(config)
+    saved = tmp_path / "first" / "checkpoints" / "step-00000001"
+    assert stop.message == f"stopped before the first step; the same command continues from {saved}"
+
+
 # --- whole processes -------------------------------------------------------------------------------------------------
 
 SLOW = """
@@ -260,6 +271,28 @@ def test_ctrl_c_ends_a_process_and_its_workers_with_one_line_and_130(
             time.sleep(0.1)
     config = tiny_config(meta_folder, data, out, **RESUMED)
     assert_same_run(finetune(config), uninterrupted)
+
+
+def test_a_signal_to_all_processes_of_a_run_is_as_one_to_the_run_alone(tmp_path, meta_folder, data):
+    """As pkill, systemd and SLURM send it: the processes that prepare batches hear it too."""
+    out = tmp_path / "out"
+    settings = tiny_settings(meta_folder, data, out, **RESUMED, **{"data.num_workers": 1})
+    run = Process(tmp_path, settings)
+    run.wait_for("training_step 0 4 ")
+    pid = run.process.pid
+    workers = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert workers
+    for each in (*workers, pid):
+        os.kill(each, signal.SIGTERM)
+    output = run.end()
+    assert run.process.returncode == 128 + signal.SIGTERM, output
+    assert output.endswith(f"saved {out / 'checkpoints' / 'step-00000005'}; the same command continues\n"), output
+    assert "Traceback" not in output
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(worker, 0)
+                time.sleep(0.1)
 
 
 def stopped_rank(config: Config, micro_batch: int) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Optional
 
 import datasets
@@ -225,17 +227,29 @@ class DataModule(LightningDataModule):
             num_workers=workers,
             pin_memory=self.config.pin_mem and torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            worker_init_fn=leave_process_group,
+            worker_init_fn=outlast_signals,
             # A loader draws a seed for its workers whenever it is iterated, from the global state by default;
             # and a resumed run iterates at other moments than the first one did.
             generator=torch.Generator(),
         )
 
 
-def leave_process_group(worker: int) -> None:
-    """For a process that prepares batches: a Ctrl-C at the terminal, and torchrun's signals, go to the whole group; but
-    the step that is then brought to its end needs its data."""
+def outlast_signals(worker: int) -> None:
+    """For a process that prepares batches: the step that a signal lets come to its end needs its data. A Ctrl-C at the
+    terminal, and torchrun's signals, go to the whole group; pkill, systemd and SLURM reach every process. It ends with
+    the process that it works for."""
     os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    """By SIGTERM, which multiprocessing sends at the parent's end, and then waits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _sizes(items: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
