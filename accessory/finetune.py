@@ -266,15 +266,15 @@ def _refuse_overwriting(config: Config, output_dir: Path, sources: Sources) -> N
     if output_dir.resolve() in [folder.path.resolve() for folder in sources.folders]:
         raise UserError(f"--output_dir {output_dir}: is a folder of --pretrained_path; choose another")
     merged = output_dir / MERGED
-    if config.only_save_trainable or not merged.exists():
+    if config.only_save_trainable or not (merged.is_dir() and any(merged.iterdir())):
         return
     vision = [] if config.model.vision_path is None else [Path(config.model.vision_path).expanduser()]
     read = [path.resolve() for path in (*(folder.path for folder in sources.folders), *vision)]
     is_new = not (output_dir / "checkpoints").exists()  # else it may be this run's, which was killed right behind it
     if is_new or any(path.is_relative_to(merged.resolve()) for path in read):
         raise UserError(
-            f"--output_dir {output_dir}: the merged model is to be written to {merged}, which exists; choose another, "
-            "or add --only_save_trainable"
+            f"--output_dir {output_dir}: the merged model is to be written to {merged}, which holds something; choose "
+            "another, or add --only_save_trainable"
         )
 
 

@@ -751,7 +751,7 @@ def test_the_bases_own_folder_as_output_dir_is_refused(meta_folder, data):
 def test_the_base_where_the_merged_model_is_to_be_written_is_refused_untouched(hf_folder, data, tmp_path):
     base = shutil.copytree(hf_folder, tmp_path / "out" / "model")
     with pytest.raises(
-        UserError, match=r"written to .*/out/model, which exists; choose another, or add --only_save_tr"
+        UserError, match=r"written to .*/out/model, which holds something; choose another, or add --only"
     ):
         finetune(tiny_config(base, data, tmp_path / "out", only_save_trainable=False))
     assert sorted(path.name for path in base.iterdir()) == sorted(path.name for path in hf_folder.iterdir())
