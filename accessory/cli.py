@@ -110,9 +110,10 @@ def _finetune_job(node: DictConfig) -> None:
         require_folders(config.model.pretrained_path)
         from accessory.finetune import finetune
 
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+        if sweeps:
             config.output_dir = str(Path(config.output_dir) / str(HydraConfig.get().job.num))
-        finetune(config)
+        finetune(config, repeated=sweeps)  # the same sweep once more goes on where it was stopped
 
     run_command(job)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from accessory.config import Config, DataParallel, FastConfig, Precision
+from accessory.config import Config, FastConfig, Precision
 from accessory.estimate import GIB, Step, attention_fits, graphs_fit, host_bytes, save_memory
 from accessory.fused.model import fuse_blocks, keep_attention, keep_on_host, why_not_fused
 from accessory.models.llama import Llama, flash_takes
 from accessory.precision import DTYPES
-from accessory.strategies import World, gather
+from accessory.strategies import World, gather, is_sharded
 
 log = logging.getLogger(__name__)
 HOST_ROOM = 0.5  # of the free host memory
@@ -78,7 +78,7 @@ def _wanted(config: FastConfig, device: torch.device) -> dict[str, bool]:
 
 
 def _against_graphs(config: Config, world: World, fast: Fast) -> str | None:
-    if world.size > 1 and config.strategy.data_parallel is DataParallel.fsdp:
+    if is_sharded(config.strategy, world):
         return "ranks gather blocks while a step runs"
     if config.train.precision is Precision.fp16:
         return "precision fp16 scales each step's loss as it finds right"

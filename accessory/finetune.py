@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,18 @@ from accessory.agreement import refuse_other_runs, refuse_other_weights
 from accessory.assemble import assemble
 from accessory.bases import FROZEN_FILE, META_FILE
 from accessory.callbacks import Curves, ProgressBar, Throughput, save_curves
-from accessory.config import Config, DataParallel, Precision
+from accessory.config import Config, Precision
+from accessory.continuation import (
+    compare_finished,
+    compare_settings,
+    find_checkpoint,
+    is_finished,
+    precision_before,
+    refuse_finished,
+    refuse_last_epoch,
+    set_later_aside,
+    split_of,
+)
 from accessory.data.datamodule import DataModule
 from accessory.data.images import deterministic
 from accessory.errors import UserError
@@ -37,21 +47,11 @@ from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
 from accessory.precision import DTYPES, default_precision
+from accessory.preflight import MERGED, make_writable, refuse_overwriting, refuse_sharded_export, refuse_without_images
 from accessory.quantization.job.cached import calibrate_base
 from accessory.quantization.setting import CALIBRATED, as_stored
 from accessory.result import save_frozen, save_trainable
-from accessory.resume import (
-    RUN_FILE,
-    STATE_FILE,
-    Checkpoints,
-    compare_settings,
-    find_checkpoint,
-    precision_before,
-    refuse_finished,
-    refuse_last_epoch,
-    set_later_aside,
-    split_of,
-)
+from accessory.resume import RUN_FILE, STATE_FILE, Checkpoints
 from accessory.settings import order_of_collectives, result_meta, run_settings, write_settings
 from accessory.sources import Sources, open_sources
 from accessory.split import SPLIT_KEYS, NextEpoch, Split
@@ -61,36 +61,38 @@ from accessory.strategies import (
     World,
     find_world,
     is_lost_connection,
+    is_sharded,
     join_ranks,
     make_strategy,
 )
 from accessory.summary import describe_run
 from accessory.tuning.recipe import check_recipe, trainable_names
 
-MERGED = "model"  # in the output folder, without --only_save_trainable
 
-
-def finetune(config: Config) -> Path:
+def finetune(config: Config, repeated: bool = False) -> Path:
     """Train, and return the folder with trainable.safetensors, meta.json, config.yaml, tokenizer and curves.png.
+
+    repeated: a run that has finished with the same settings is left as it is, where otherwise its folder is refused.
 
     Raises UserError for anything the user can mend, before weights are read where that is possible.
     """
     with contextlib.ExitStack() as held:
-        return _finetune(config, held)
+        return _finetune(config, repeated, held)
 
 
-def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
+def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Path:
     _quiet()
     world = find_world()
-    _check_strategy(config, world)
+    refuse_sharded_export(config, world)
     output_dir = Path(config.output_dir).expanduser()
-    refuse_finished(output_dir)
+    if not repeated:
+        refuse_finished(output_dir)
     config = _with_precision(config, world, output_dir)
     sources = open_sources(config.model)
     if config.quantization.method not in CALIBRATED or sources.folders[0].packed:
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
-    _refuse_overwriting(config, output_dir, sources)
+    refuse_overwriting(config, output_dir, sources)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)
@@ -98,15 +100,20 @@ def _finetune(config: Config, held: contextlib.ExitStack) -> Path:
         config.data, tokenizer, *sizes, config.seed, image_input(sources.vision), "padding_free" in fast.active,
         fast_parts.takes_one_row(config, world, sources.architecture.head_dim),
     )  # fmt: skip
-    _check_images(config, data)
-    _make_writable(output_dir)
+    refuse_without_images(config, data)
+    make_writable(output_dir)
     if world.rank == 0:
         held.enter_context(sole_user(output_dir, "--output_dir"))
-        refuse_finished(output_dir)  # meanwhile
         remove_partial(output_dir / "checkpoints")
     settings = run_settings(config, sources, data, world)
     is_calibrated = config.quantization.method in CALIBRATED
-    checkpoint = find_checkpoint(output_dir, config.resume, settings, sources.identity if is_calibrated else ())
+    unknown = sources.identity if is_calibrated else ()
+    if repeated and is_finished(output_dir):
+        compare_finished(output_dir, settings, unknown)
+        if world.rank == 0:
+            print(f"{output_dir}: finished before", flush=True)
+        return output_dir
+    checkpoint = find_checkpoint(output_dir, config.resume, settings, unknown)
     split, before = Split.of(settings), None if checkpoint is None else split_of(checkpoint)
     loggers = make_loggers(config.logger, output_dir)
     if is_calibrated:  # minutes to hours: after all that can be wrong
@@ -171,7 +178,7 @@ def _with_precision(config: Config, world: World, output_dir: Path) -> Config:
 
 def _build(config: Config, sources: Sources, world: World, fast: Fast) -> Llama:
     """The model of this rank, ready to train and known to be the other ranks' too."""
-    share = (world.rank, world.size) if _is_sharded(config, world) else None
+    share = (world.rank, world.size) if is_sharded(config.strategy, world) else None
     model = assemble(sources, config.quantization, config.recipe, world.device, DTYPES[config.train.precision], share)
     refuse_other_weights(model)
     if model.sharded is not None:
@@ -192,26 +199,6 @@ def _outcome(trainer: Trainer, module: FinetuneModule, data: DataModule) -> dict
     if data.val_plan:
         found["val_loss"] = float(trainer.callback_metrics["val_loss"])
     return found
-
-
-def _is_sharded(config: Config, world: World) -> bool:
-    return config.strategy.data_parallel is DataParallel.fsdp and world.size > 1
-
-
-def _check_strategy(config: Config, world: World) -> None:
-    if _is_sharded(config, world) and not config.only_save_trainable:
-        raise UserError(
-            "--data_parallel fsdp: no rank holds the whole base, so none can write a merged model; add "
-            "--only_save_trainable, and merge afterwards with scripts/export.py"
-        )
-
-
-def _check_images(config: Config, data: DataModule) -> None:
-    """An image part learns from images."""
-    recipe, report = config.recipe, data.train_report
-    if (recipe.projector or recipe.vision) and report.images == report.unreadable:
-        what = "projector" if recipe.projector else "vision"
-        raise UserError(f"recipe.{what}=true, but no item of --data_config {config.data.data_config} has an image")
 
 
 def _keep_frozen(
@@ -259,32 +246,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # Lightning makes DistributedDataParallel on a stream of its own; at worst the GPU waits once a step.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
-
-
-def _refuse_overwriting(config: Config, output_dir: Path, sources: Sources) -> None:
-    """What the run writes must not take the place of what it reads, nor of another's model."""
-    if output_dir.resolve() in [folder.path.resolve() for folder in sources.folders]:
-        raise UserError(f"--output_dir {output_dir}: is a folder of --pretrained_path; choose another")
-    merged = output_dir / MERGED
-    if config.only_save_trainable or not (merged.is_dir() and any(merged.iterdir())):
-        return
-    vision = [] if config.model.vision_path is None else [Path(config.model.vision_path).expanduser()]
-    read = [path.resolve() for path in (*(folder.path for folder in sources.folders), *vision)]
-    is_new = not (output_dir / "checkpoints").exists()  # else it may be this run's, which was killed right behind it
-    if is_new or any(path.is_relative_to(merged.resolve()) for path in read):
-        raise UserError(
-            f"--output_dir {output_dir}: the merged model is to be written to {merged}, which holds something; choose "
-            "another, or add --only_save_trainable"
-        )
-
-
-def _make_writable(output_dir: Path) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):  # nameless: other ranks do the same
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
 
 
 def _epochs(config: Config, data: DataModule) -> float:

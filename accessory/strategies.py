@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision, TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from accessory.config import DataParallel, StrategyConfig
 from accessory.errors import UserError
 
 # How long ranks wait for each other: one may read and quantize a large base from a slower disk than another.
@@ -45,6 +46,11 @@ def find_world() -> World:
         )
     torch.cuda.set_device(local_rank)
     return World(rank, local_rank, size, local_size, torch.device("cuda", local_rank))
+
+
+def is_sharded(strategy: StrategyConfig, world: World) -> bool:
+    """Whether a rank holds no more than its share of the base."""
+    return strategy.data_parallel is DataParallel.fsdp and world.size > 1
 
 
 def gather(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from operator import attrgetter
@@ -225,14 +226,19 @@ def test_help_lists_every_flag_group_and_key(tmp_path):
     assert "optim.lr (0.0005): Learning rate after warmup" in result.stdout
 
 
-def test_multirun_trains_once_a_value_each_in_its_own_folder(tmp_path, meta_folder):
+def test_multirun_trains_once_a_value_each_in_its_own_folder_and_repeated_goes_on(tmp_path, meta_folder):
     data = write_data(tmp_path / "data", alpaca_items(8), prompt_type="None")
-    flags = ["--pretrained_path", str(meta_folder), "--data_config", str(data), "--output_dir", str(tmp_path / "out")]
-    result = run_script(
-        *flags, "-m", "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
-        "recipe=norm_bias,norm_bias_lora", cwd=tmp_path,
-    )  # fmt: skip
+    command = [
+        "--pretrained_path", str(meta_folder), "--data_config", str(data), "--output_dir", str(tmp_path / "out"),
+        "-m", "--quant", "--only_save_trainable", "--num_workers", "0", "train.max_steps=1",
+        "recipe=norm_bias,norm_bias_lora",
+    ]  # fmt: skip
+    result = run_script(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    (tmp_path / "out" / "1" / "trainable.safetensors").unlink()  # as if it had been stopped
+    result = run_script(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^.*(out/.*)$", result.stdout, re.M)[:1] == ["out/0: finished before"]
     kept = [yaml.safe_load((tmp_path / "out" / job / "config.yaml").read_text()) for job in ("0", "1")]
     assert [config["recipe"]["name"] for config in kept] == ["norm_bias", "norm_bias_lora"]
     assert all((tmp_path / "out" / job / "trainable.safetensors").is_file() for job in ("0", "1"))

@@ -52,6 +52,19 @@ def test_going_on_from_lora_with_another_scale_is_refused_naming_both(meta_folde
     finetune(chained(meta_folder, first, data, tmp_path / "out", **lora, **{"recipe.alpha": 16.0}))
 
 
+def test_a_finished_run_that_is_repeated_is_left_as_it_is_and_one_of_other_settings_refused(
+    meta_folder, norm_bias_run, data, capsys
+):
+    before = {path: path.stat().st_mtime_ns for path in norm_bias_run.rglob("*")}
+    config = tiny_config(meta_folder, data, norm_bias_run, **{"train.max_steps": 2})
+    assert finetune(config, repeated=True) == norm_bias_run
+    assert capsys.readouterr().out.splitlines()[-1] == f"{norm_bias_run}: finished before"
+    config.optim.lr *= 2
+    with pytest.raises(UserError, match=r"first: its run was started with optim\.lr="):
+        finetune(config, repeated=True)
+    assert {path: path.stat().st_mtime_ns for path in norm_bias_run.rglob("*")} == before
+
+
 def test_resuming_into_the_folder_of_another_run_is_refused_and_leaves_it(meta_folder, norm_bias_run, data, tmp_path):
     other = finetune(tiny_config(meta_folder, data, tmp_path / "other", **{"train.max_steps": 1}))
     before = trainables(other)

@@ -26,15 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import accessory
+import accessory.continuation as continuation
 import accessory.finetune as finetune_module
 import accessory.result as result
 import accessory.resume as resume
 from accessory.callbacks import read_series
 from accessory.config import Config
+from accessory.continuation import damage
 from accessory.errors import UserError
 from accessory.finetune import finetune
 from accessory.module import FinetuneModule
-from accessory.resume import damage
 from accessory.schema import to_typed
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
@@ -705,7 +706,7 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(
 def test_what_was_set_aside_stays_where_that_happens_again(tmp_path):
     for _ in range(3):
         (tmp_path / "step-00000006").mkdir()
-        resume.set_later_aside(tmp_path / "step-00000003", tmp_path)
+        continuation.set_later_aside(tmp_path / "step-00000003", tmp_path)
     kept = {"aside-step-00000006", "aside-2-step-00000006", "aside-3-step-00000006"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 

@@ -30,10 +30,10 @@ from test_finetune import (
 import accessory.finetune as finetune_module
 from accessory.callbacks import read_series
 from accessory.config import Config
+from accessory.continuation import damage
 from accessory.errors import Interrupted
 from accessory.finetune import finetune
 from accessory.module import FinetuneModule
-from accessory.resume import damage
 
 
 @pytest.fixture(scope="module")
