@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from accessory.config import (
+    LINEARS,
     Config,
     DataConfig,
     LoggerConfig,
@@ -18,6 +19,7 @@ from accessory.config import (
     StrategyConfig,
     TrainConfig,
 )
+from accessory.errors import suggest
 
 Check = tuple[bool, str]
 
@@ -70,8 +72,19 @@ def _recipe(recipe: RecipeConfig) -> list[Check]:
             recipe.lora and not recipe.targets,
             "recipe.targets=[]: LoRA needs linears; name some or use recipe.lora=false",
         ),
+        *((recipe.lora, message) for message in unknown_targets(recipe)),
         (recipe.rank < 1, f"recipe.rank={recipe.rank}: must be at least 1"),
         (not 0 <= recipe.dropout < 1, f"recipe.dropout={recipe.dropout}: must be in [0, 1)"),
+    ]
+
+
+def unknown_targets(recipe: RecipeConfig) -> list[str]:
+    """What to tell of targets that are no linears of a block."""
+    return [
+        f"recipe.targets: {target!r} matches no linear of the model{suggest(target, LINEARS)}; "
+        f"it has {', '.join(LINEARS)}"
+        for target in recipe.targets
+        if target not in LINEARS
     ]
 
 

@@ -122,6 +122,9 @@ class QuantizationConfig:
     """Quantize the linears of vision model, Q-Former and projector as well, as LLaMA2-Accessory did."""
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
+
+
 @dataclass
 class RecipeConfig:
     name: str = "norm_bias"
@@ -143,9 +146,7 @@ class RecipeConfig:
     """LoRA alpha; the update is scaled by alpha / rank. Unset: alpha = rank, a scale of 1."""
     dropout: float = 0.0
     """Dropout on the input of LoRA."""
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    targets: list[str] = field(default_factory=lambda: list(LINEARS))
     """Linears of a block that get LoRA, by name. One that matches nothing is an error."""
 
 

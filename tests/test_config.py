@@ -50,6 +50,7 @@ from accessory.errors import UserError, suggest
         ({"train": TrainConfig(max_steps=-2)}, "train.max_steps=-2: must be at least 1, or -1"),
         ({"train": TrainConfig(val_interval=1.5)}, "train.val_interval=1.5: above 1 it must be whole"),
         ({"train": TrainConfig(val_interval=math.nan)}, "train.val_interval=nan: must be above 0"),
+        ({"recipe": RecipeConfig(lora=True, targets=["q_proj", "v_porj"])}, "'v_porj' matches .* mean v_proj"),
         ({"recipe": RecipeConfig(lora=True, targets=[])}, r"recipe.targets=\[\]: LoRA needs linears"),
         ({"logger": LoggerConfig(log_every_n_steps=0)}, "logger.log_every_n_steps=0: must be at least 1"),
     ],

@@ -37,6 +37,12 @@ def test_a_recipe_that_would_lose_what_an_earlier_run_trained_is_refused(meta_fo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_second_whole_model_is_refused_naming_both(meta_folder, data, tmp_path):
+    config = chained(meta_folder, meta_folder, data, tmp_path / "out")
+    with pytest.raises(UserError, match=rf"{meta_folder} is a whole model, as {meta_folder} is; name the one"):
+        finetune(config)
+
+
 def test_a_run_that_goes_on_from_trainables_starts_at_their_values(meta_folder, norm_bias_run, data, tmp_path):
     config = chained(meta_folder, norm_bias_run, data, tmp_path / "out", **{"optim.lr": 1e-12, "train.max_steps": 1})
     config.optim.min_lr = 0.0

@@ -9,8 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from accessory.checks import unknown_targets
 from accessory.config import RecipeConfig
-from accessory.errors import UserError, suggest
+from accessory.errors import UserError
 from accessory.quantization import QuantLinear, block_linears
 
 
@@ -52,13 +53,7 @@ def lora_config(recipe: RecipeConfig, target_modules: list[str]) -> LoraConfig:
 
 def add_lora(model: nn.Module, recipe: RecipeConfig) -> None:
     """Put LoRA on the recipe's targets among the decoder blocks' linears, in place."""
-    linears = block_linears(model)
-    kinds = {path.rsplit(".", 1)[-1] for path in linears}
-    for target in recipe.targets:
-        if target not in kinds:
-            raise UserError(
-                f"recipe.targets: {target!r} matches no linear of the model{suggest(target, kinds)}; "
-                f"it has {', '.join(sorted(kinds))}"
-            )
-    chosen = [path for path in linears if path.rsplit(".", 1)[-1] in recipe.targets]
+    for message in unknown_targets(recipe):
+        raise UserError(message)
+    chosen = [path for path in block_linears(model) if path.rsplit(".", 1)[-1] in recipe.targets]
     inject_adapter_in_model(lora_config(recipe, chosen), model)

@@ -176,6 +176,11 @@ def _check_continuation(sources: Sources, recipe: RecipeConfig) -> None:
     """Refuse to train from trainables whose values the result could not hold: of LLaMA it keeps what the recipe trains,
     and is used on the first folder alone. (An image part that the first folder lacks is kept whole.)"""
     for folder in sources.folders[1:]:
+        if folder.is_base:
+            raise UserError(
+                f"--pretrained_path: {folder.path} is a whole model, as {sources.folders[0].path} is; name the one to "
+                "train on"
+            )
         for name in sorted(name for name in folder.names if not is_image_part(name)):
             if not getattr(recipe, weight_kind(name) or "", False):
                 raise UserError(

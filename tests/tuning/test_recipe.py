@@ -207,7 +207,7 @@ def test_a_target_that_matches_nothing_is_an_error_with_a_suggestion(meta_folder
         tiny(meta_folder, recipe_named("lora", targets=["q_proj", "v_porj"]))
     message = str(caught.value)
     assert "recipe.targets: 'v_porj' matches no linear" in message and "did you mean v_proj?" in message
-    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in message
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
