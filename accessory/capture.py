@@ -11,7 +11,9 @@ from typing import Any, Optional
 
 import torch
 
-_one_at_a_time = Lock()  # a process can capture one graph at a time, and answers may be asked for in several threads
+# A process can capture one graph at a time, and no other thread can draw from the random generators meanwhile: it would
+# meet an internal error of torch. Answers may be asked for in several threads.
+between_captures = Lock()
 
 
 @contextlib.contextmanager
@@ -23,7 +25,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Optional[
     """
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    with _one_at_a_time, torch.cuda.device(device):
+    with between_captures, torch.cuda.device(device):
         stream, generator = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index]
         numbers = generator.get_state()
         try:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from accessory.capture import between_captures
 from accessory.data.images import ImageProblem, load_pixels
 from accessory.data.packing import IMAGE_SLOT, insert_image
 from accessory.decoding import Decoder, KVCache, borrowed
@@ -36,7 +37,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional
     beyond[:, 0] = False  # and never the likeliest
     ordered[beyond] = 0
     # torch.multinomial's own way, less its check of the probabilities, for which the host would wait on a GPU.
-    drawn = (ordered / torch.empty_like(ordered).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    with between_captures:
+        noise = torch.empty_like(ordered).exponential_(generator=generator)
+    drawn = (ordered / noise).argmax(-1, keepdim=True)
     return index.gather(-1, drawn).squeeze(-1)
 
 

@@ -221,6 +221,28 @@ def test_models_on_two_gpus_of_one_process_answer_as_each_alone():
 
 
 @gpu_test
+def test_answers_are_drawn_in_one_thread_while_others_capture():
+    drawing, capturing, told = gpu_model(), gpu_model(), []
+
+    def draw():
+        try:
+            for _ in range(40):
+                list(generate_ids(drawing, PROMPTS, 40, 1.0, 0.95, {-1}))  # seeding is not for threads
+        except Exception as error:
+            told.append(error)
+
+    thread = Thread(target=draw)
+    thread.start()
+    captures = 0
+    while thread.is_alive() or captures < 20:
+        decoding.release(capturing)
+        answer(capturing, graphs=True)
+        captures += 1
+    thread.join()
+    assert told == []
+
+
+@gpu_test
 def test_nothing_stays_in_memory_when_the_model_goes():
     answer(gpu_model(), graphs=True)  # what libraries keep for themselves
     gc.collect()
