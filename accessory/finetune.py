@@ -47,7 +47,13 @@ from accessory.models.qformer import image_input
 from accessory.models.tokenizer import require_tokenizer
 from accessory.module import FinetuneModule
 from accessory.precision import DTYPES, default_precision
-from accessory.preflight import MERGED, make_writable, refuse_overwriting, refuse_sharded_export, refuse_without_images
+from accessory.preflight import (
+    MERGED,
+    refuse_overwriting,
+    refuse_sharded_export,
+    refuse_unwritable,
+    refuse_without_images,
+)
 from accessory.quantization.job.cached import calibrate_base
 from accessory.quantization.setting import CALIBRATED, as_stored
 from accessory.result import save_frozen, save_trainable
@@ -93,6 +99,7 @@ def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Pat
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
     refuse_overwriting(config, output_dir, sources)
+    refuse_unwritable(output_dir)
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)
@@ -101,7 +108,7 @@ def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Pat
         fast_parts.takes_one_row(config, world, sources.architecture.head_dim),
     )  # fmt: skip
     refuse_without_images(config, data)
-    make_writable(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     if world.rank == 0:
         held.enter_context(sole_user(output_dir, "--output_dir"))
         remove_partial(output_dir / "checkpoints")

@@ -47,10 +47,11 @@ def refuse_without_images(config: Config, data: DataModule) -> None:
         raise UserError(f"recipe.{what}=true, but no item of --data_config {config.data.data_config} has an image")
 
 
-def make_writable(output_dir: Path) -> None:
+def refuse_unwritable(output_dir: Path) -> None:
+    """Leaves nothing behind: a mistake in the data, say, should not have made a folder."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):  # nameless: other ranks do the same
+        with tempfile.TemporaryFile(dir=there):  # nameless: other ranks do the same
             pass
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None

@@ -21,6 +21,7 @@ from accessory.data.dataset import Report, open_dataset
 from accessory.data.images import ImageInput, ImageProblem, deterministic, load_pixels
 from accessory.data.packing import IGNORE, IMAGE_SLOT, collate, row_width, share_rows
 from accessory.data.plan import BatchPlan, MicroBatch
+from accessory.data.sources import read_data_config
 from accessory.errors import OwnError, UserError
 from accessory.models.tokenizer import Tokenizer
 
@@ -188,6 +189,8 @@ class DataModule(LightningDataModule):
         if one_row and self.padding_free:
             self._width = batch_size * config.max_words
         self.config, self.rank, self.pad_id, self.seed, self.images = config, rank, tokenizer.eos_id, seed, images
+        if config.val_config is not None:  # a mistake in it is told before the training data is read
+            read_data_config(config.val_config, config.prompt_type, "data.val_config")
         items, self.train_report, self.key = open_dataset(config.data_config, config, tokenizer, images)
         self.val_report: Optional[Report] = None
         self.val_key: Optional[str] = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from accessory.config import PromptType
 from accessory.data.prompts import Example, dialog, read_conversation, single_turn
 from accessory.data.sources import Entry
 from accessory.errors import UserError
 from accessory.models.tokenizer import Tokenizer
 
+LONGEST_PATH = 4096
 PLACEHOLDER = "<image>"  # LLaVA's mark in a question; the position in the row is fixed, so it is taken out
 
 
@@ -47,6 +49,9 @@ def _read(
     elif entry.preprocess == "single_turn_llava":
         item = _single_turn_llava(item)
     _check_single_turn(item)
+    if "instruction" not in item and not is_caption and entry.prompt_type is not PromptType.caption:
+        keys, kind = ", ".join(map(str, item)), entry.prompt_type.value
+        raise ValueError(f"no 'instruction', the question that prompt_type {kind} asks; its keys are {keys}")
     if takes_images:
         item = dict(item)
         _take_placeholders([item], ("instruction", "input"), image)
@@ -67,6 +72,8 @@ def _image(item: dict[str, Any], is_caption: bool) -> str:
         return ""
     if not isinstance(image, str):
         raise ValueError(f"'image' must be a path, found {type(image).__name__} {str(image)[:60]}")
+    if len(image) > LONGEST_PATH:
+        raise ValueError(f"'image' must be a path, found {len(image):,} characters; write images to files")
     if image.startswith(("http://", "https://")):
         raise ValueError(f"image {image[:80]}: images are read from disk; download it first")
     return image

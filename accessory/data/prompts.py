@@ -104,6 +104,8 @@ def dialog(messages: list[dict[str, str]], prompt_type: PromptType, tokenizer: T
     """A whole conversation, of which every answer and the separator that ends it are learnt."""
     if prompt_type is PromptType.chat:
         return _chat(messages, tokenizer)
+    if sum(message["role"] == "system" for message in messages) > 1:
+        raise ValueError("several turns from 'system': the conversation format has one (prompt_type chat has more)")
     text, spans = system_of(messages) + f"\n\n{SEPARATOR}", []
     for message in messages:
         if message["role"] == "system":
@@ -132,7 +134,9 @@ def _chat(messages: list[dict[str, str]], tokenizer: Tokenizer) -> Example:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = tokenizer.render_chat(messages[:i], answer_follows=True)
+        start = text[: text.find(message["content"].strip())]  # of a conversation that begins with an answer
+        if i:
+            start = tokenizer.render_chat(messages[:i], answer_follows=True)
         end = tokenizer.render_chat(messages[: i + 1], answer_follows=False)
         if not (text.startswith(end) and end.startswith(start)):
             raise UserError(

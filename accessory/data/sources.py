@@ -65,6 +65,7 @@ def _entry(meta: Any, file: Path, default: Optional[PromptType]) -> Entry:
     if not data.is_file():
         found = "is a folder; name a file in it" if data.is_dir() else "no such data file"
         raise UserError(f"{file}: {meta['path']}: {found}")
+    _check_ending(data)
     preprocess = meta.get("preprocess")
     if preprocess not in (None, *PREPROCESS):
         raise UserError(f"{file}: preprocess {preprocess!r}: known are {', '.join(PREPROCESS)}")
@@ -101,8 +102,14 @@ def check_roots(entries: list[Entry], image_root: Optional[str]) -> None:
         raise UserError(f"--image_root {image_root}: no such folder")
 
 
+def _check_ending(path: Path) -> None:
+    if path.suffix.lower() not in (".json", ".jsonl", ".csv"):
+        raise UserError(f"{path}: unknown ending {path.suffix!r}; .json, .jsonl and .csv are read")
+
+
 def read_items(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, item) of a .json list, a .jsonl file or a .csv table with a header (tab or comma)."""
+    _check_ending(path)
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -112,18 +119,38 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"{path}:{number}", _parse_line(line, path, number)
-        elif suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = file.readline()
-                file.seek(0)
-                for row in (reader := csv.DictReader(file, delimiter="\t" if "\t" in header else ",")):
-                    yield f"{path}:{reader.line_num}", row
         else:
-            raise UserError(f"{path}: unknown ending {suffix!r}; .json, .jsonl and .csv are read")
+            yield from _read_csv(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Strict: a reader that guesses would give a part of an answer, or make one of many rows."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",", strict=True)
+        begin = 1
+        try:
+            while reader.fieldnames:  # reads the header
+                begin = reader.line_num + 1
+                row = next(reader)
+                if None in row:
+                    raise UserError(
+                        f"{path}:{begin}: {len(row[None])} more fields than the header has; put quotes around a text "
+                        "that holds the separator"
+                    )
+                yield f"{path}:{reader.line_num}", row
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{begin}: not a row of a table ({error}); put quotes around a text that begins with one, and "
+                "double its own"
+            ) from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -99,6 +100,21 @@ class Tokenizer:
             return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
         except Exception as error:  # a template raises what its author chose
             raise UserError(f"the chat template of {self.path} refuses it ({error})") from None
+
+    @cached_property
+    def chat_end_id(self) -> Optional[int]:
+        """The special token with which the chat template ends an answer; None if it has none. It need not be EOS."""
+        if self.chat_template is None:
+            return None
+        asked, answer = [{"role": "user", "content": "question"}], "answer"
+        try:
+            prompt = self.render_chat(asked, answer_follows=True)
+            whole = self.render_chat([*asked, {"role": "assistant", "content": answer}], answer_follows=False)
+        except UserError:
+            return None
+        behind = whole.removeprefix(prompt).partition(answer)[2].strip()
+        first = self.encode(behind, bos=False, eos=False)[:1]
+        return first[0] if first and self.decode(first) == "" else None
 
     def save(self, folder: Path) -> None:
         """Copy what makes this tokenizer into `folder`, under the names that are looked for."""

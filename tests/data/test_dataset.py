@@ -166,6 +166,11 @@ def test_single_turn_llava_takes_question_and_answer_from_the_first_two_turns(tm
         ("a.json", '[{"instruction": "a", "output": ""}]', r"a\.json: item 0: 'output' is empty"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "c"}\n', r"a\.jsonl:3: no 'output'"),
         ("a.csv", "instruction,output\na,b\nc,\n", r"a\.csv:3: 'output' is empty"),
+        ("a.csv", "instruction,output\na,b, c\n", r"a\.csv:2: 1 more fields than the header has"),
+        ("a.csv", 'instruction,output\na,b\nc,"d\ne,f\n', r"a\.csv:3: not a row of a table \(unexpected end of data\)"),
+        ("a.csv", 'instruction,output\na,"b" c\n', r"a\.csv:2: not a row of a table"),
+        ("a.csv", "question,output\na,b\n", r"a\.csv:2: no 'instruction'.* alpaca asks; its keys are question, output"),
+        ("a.jsonl", '{"output": ' + "7" * 5000 + "}", r"a\.jsonl:1: not valid JSON \(Exceeds the limit"),
         ("a.json", '{"instruction": "a"}\n{"instruction": "b"}', r"a\.json:2: not valid JSON \(Extra.*name it \.jsonl"),
         ("a.json", '[{"instruction": "a", "output": 7}]', r"item 0: 'output' must be text, found int 7"),
         (

@@ -315,6 +315,25 @@ def test_chat_template_learns_every_assistant_turn_of_a_dialog_only(chatml):
     assert pieces(ids, labels, chatml) == ["the text <|im_end|>", "lines <|im_end|>"]
 
 
+def test_a_chat_that_begins_with_an_answer_learns_it(chatml):
+    turns = [{"role": "assistant", "content": "the text"}, {"role": "user", "content": "now"},
+             {"role": "assistant", "content": "lines"}]  # fmt: skip
+    ids, labels = encode(dialog(turns, PromptType.chat, chatml), chatml)
+    assert words(ids, chatml).startswith("<s> <|im_start|> assistant the text <|im_end|> <|im_start|> user now")
+    assert pieces(ids, labels, chatml) == ["the text <|im_end|>", "lines <|im_end|>"]
+
+
+def test_the_end_mark_of_a_chat_template_is_known(chatml, llama_tokenizer):
+    assert words([chatml.chat_end_id], chatml) == "<|im_end|>" != words([chatml.eos_id], chatml)
+    assert llama_tokenizer.chat_end_id is None
+
+
+def test_a_second_system_turn_has_no_place_in_a_conversation(llama_tokenizer):
+    turns = [{"from": "system", "value": "Be short."}, *CONVERSATION[:2], {"from": "system", "value": "Be long."}]
+    with pytest.raises(ValueError, match="several turns from 'system'"):
+        dialog(read_conversation({"conversations": turns}), PromptType.alpaca, llama_tokenizer)
+
+
 def test_bos_written_by_the_chat_template_is_not_doubled(chatml):
     ids, _ = encode(single_turn({"instruction": "wrap", "output": "it"}, PromptType.chat, chatml), chatml)
     assert ids.count(chatml.bos_id) == 1
