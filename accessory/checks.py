@@ -13,6 +13,7 @@ from accessory.config import (
     DataConfig,
     LoggerConfig,
     OptimConfig,
+    QuantizationConfig,
     QuantMethod,
     RecipeConfig,
     SaveConfig,
@@ -45,6 +46,7 @@ def _quantization(config: Config) -> list[Check]:
     method, vision = config.quantization.method, config.quantization.vision
     quantized = method is not QuantMethod.none
     return [
+        *_unused(config.quantization),
         (
             quantized and not config.only_save_trainable,
             f"quantization={method.value} (--quant) needs --only_save_trainable: "
@@ -59,6 +61,27 @@ def _quantization(config: Config) -> list[Check]:
             vision and not quantized,
             "quantization.vision=true: there is nothing to store it in; choose quantization=nf4 (--quant)",
         ),
+    ]
+
+
+def _unused(quantization: QuantizationConfig) -> list[Check]:
+    """Settings that a method does not look at: with bits=8 and rtn, say, a run would go on with 4."""
+    calibrated = (QuantMethod.autoround, QuantMethod.awq, QuantMethod.gptq)
+    users = {
+        "blocksize": (QuantMethod.nf4,),
+        "double_quant": (QuantMethod.nf4,),
+        "group_size": (QuantMethod.rtn, *calibrated),
+        **dict.fromkeys(("bits", "sym", "dataset", "nsamples", "seqlen"), calibrated),
+        "iters": (QuantMethod.autoround,),
+    }
+    usual, method = QuantizationConfig(), quantization.method
+    return [
+        (
+            method not in methods and getattr(quantization, key) != getattr(usual, key),
+            f"quantization.{key}={getattr(quantization, key)}: does nothing with quantization={method.value}; it is of "
+            f"{', '.join(user.value for user in methods)}",
+        )
+        for key, methods in users.items()
     ]
 
 

@@ -199,6 +199,7 @@ def _quantize(what: Comparison, candidate: Candidate, folder: Path) -> None:
 
 def _wanted(what: Comparison, candidate: Candidate) -> dict[str, Any]:
     """What the manifest of a folder says that is made for this comparison: also of what was left to the job."""
+    from accessory.bases import weights_digest
     from accessory.quantization.job.plan import fill_recipe, row_length
     from accessory.quantize_options import AutoRoundConfig, CalibrationConfig, Method, QuantizeConfig
     from accessory.sources import open_sources
@@ -209,10 +210,11 @@ def _wanted(what: Comparison, candidate: Candidate) -> dict[str, Any]:
         autoround=AutoRoundConfig(iters=what.iters),
     )
     fill_recipe(config)
-    wanted = {"source": str(what.base.resolve()), "precision": what.precision.value, "bits": config.bits}
+    base = open_sources(ModelConfig(pretrained_path=[str(what.base)]))
+    wanted = {"source": str(what.base.resolve()), "source_weights": weights_digest(base.folders[0])}
+    wanted |= {"precision": what.precision.value, "bits": config.bits}
     wanted |= own_options(config) | what.settings(candidate)
     if candidate.is_calibrated:
-        base = open_sources(ModelConfig(pretrained_path=[str(what.base)]))
         wanted |= {"nsamples": config.calib.nsamples, "seqlen": row_length(config, base.architecture)}
         wanted |= {"seed": config.seed}
     return json.loads(json.dumps(wanted))  # as a manifest gives it back

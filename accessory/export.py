@@ -22,6 +22,8 @@ from accessory.hf_files import ShardWriter, save_tensors
 from accessory.models import describe_vision
 from accessory.models.llama import Llama, RMSNorm
 from accessory.models.qformer import QFormerLlama
+from accessory.models.tokenizer import Tokenizer
+from accessory.models.tokenizer_export import save_for_transformers
 from accessory.quantization import QuantLinear, block_linears, linear_weight
 from accessory.shards import is_image_part
 from accessory.tuning.recipe import canonical_name, trainable_state
@@ -46,7 +48,7 @@ def export_hf(model: Llama, folder: Path, dtype: torch.dtype = torch.bfloat16) -
         if isinstance(model, QFormerLlama):
             _write_image_part(model, partial, dtype)
         if model.tokenizer is not None:
-            model.tokenizer.save(partial)
+            save_for_transformers(model.tokenizer, partial)
 
 
 def _write_image_part(model: QFormerLlama, folder: Path, dtype: torch.dtype) -> None:
@@ -74,8 +76,15 @@ def _export_config(model: Llama, dtype: torch.dtype) -> LlamaConfig:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = dtype
     if model.tokenizer is not None:
-        config.bos_token_id, config.eos_token_id = model.tokenizer.bos_id, model.tokenizer.eos_id
+        config.bos_token_id, config.eos_token_id = model.tokenizer.bos_id, end_tokens(config, model.tokenizer)
     return config
+
+
+def end_tokens(config: LlamaConfig, tokenizer: Tokenizer) -> int | list[int]:
+    """EOS, and what else ends an answer by the base's config, as LLaMA 3's list does."""
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys(i for i in (tokenizer.eos_id, *named) if i is not None))
+    return ends if len(ends) > 1 else ends[0]
 
 
 def block_linears_by_name(model: nn.Module) -> dict[str, QuantLinear]:
@@ -150,7 +159,7 @@ def export_peft(model: Llama, folder: Path) -> None:
         save_tensors(adapter, partial / "adapter_model.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(content, indent=2))
         if model.tokenizer is not None:
-            model.tokenizer.save(partial)
+            save_for_transformers(model.tokenizer, partial)
 
 
 def check_target(folder: Path) -> None:

@@ -168,7 +168,8 @@ def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Pat
     if world.rank == 0:
         meta |= _outcome(trainer, module, data)
         if not config.only_save_trainable:
-            export_hf(model, output_dir / MERGED)
+            is_fp16 = config.train.precision is Precision.fp16
+            export_hf(model, output_dir / MERGED, torch.float16 if is_fp16 else torch.bfloat16)
         write_result(output_dir)  # last: where it stands, the run is finished
         print(f"saved {output_dir / 'trainable.safetensors'}", flush=True)
     return output_dir

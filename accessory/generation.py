@@ -141,7 +141,7 @@ def _mask(queries: Tensor, keys: Tensor, pad: Tensor) -> Tensor:
 
 
 def stop_ids(model: Llama) -> set[int]:
-    """Tokens that end an answer: the tokenizer's EOS, its chat template's end mark and those the model's config names."""
+    """Tokens that end an answer: EOS, the end mark of the chat template, and those that the model's config names."""
     named = model.config.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return {i for i in (*listed, model.tokenizer.eos_id, model.tokenizer.chat_end_id) if i is not None}

@@ -97,18 +97,22 @@ def quantize_main() -> None:
 
 def _job(node: DictConfig) -> None:
     config = to_typed(node, QuantizeConfig)
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
+    sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweeps:
         config.output_dir = str(Path(config.output_dir) / str(HydraConfig.get().job.num))
-    _quantize(config)
+    _quantize(config, repeated=sweeps)  # the same sweep once more goes on where it was stopped
 
 
-def _quantize(config: QuantizeConfig) -> None:
+def _quantize(config: QuantizeConfig, repeated: bool = False) -> None:
     require_folders(config.model.pretrained_path)
     from accessory.quantization.job import quantize_base
     from accessory.quantization.llava import is_llava_type, quantize_llava
 
     paths = config.model.pretrained_path
-    (quantize_llava if paths and is_llava_type(Path(paths[0]).expanduser()) else quantize_base)(config)
+    if paths and is_llava_type(Path(paths[0]).expanduser()):
+        quantize_llava(config)
+    else:
+        quantize_base(config, repeated)
 
 
 def without_foreign_words(words: list[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 
 import accessory
 from accessory import compare as module
+from accessory.bases import open_folder, weights_digest
 from accessory.compare import CANDIDATES, Comparison, Row, compare, table
 from accessory.compare_chart import draw
 from accessory.config import ModelConfig, Precision
@@ -66,7 +67,12 @@ def job(monkeypatch, hf_folder):
         fill_recipe(config)
         manifest = {"method": words["--method"], "scheme": scheme, "calibration": calibration}
         manifest |= {"options": own_options(config), "precision": words["--precision"]}
-        manifest |= {"source": str(hf_folder), "seconds": 12.5, "exceptions": made.exceptions}
+        manifest |= {
+            "source": str(hf_folder),
+            "source_weights": weights_digest(open_folder(hf_folder)),
+            "seconds": 12.5,
+            "exceptions": made.exceptions,
+        }
         (folder / "quantization.json").write_text(json.dumps(manifest))
         return subprocess.CompletedProcess(command, 0)
 

@@ -20,6 +20,7 @@ from accessory.assemble import assemble
 from accessory.config import ModelConfig, QuantizationConfig, QuantMethod, RecipeConfig
 from accessory.errors import UserError
 from accessory.export import check_target, export_hf, export_peft
+from accessory.generation import stop_ids
 from accessory.models.llama import Llama
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % VOCAB
@@ -171,6 +172,13 @@ def test_an_export_is_a_base_for_us_as_well_with_the_same_tokenizer(meta_folder,
     torch.testing.assert_close(logits_of(again), logits_of(model), rtol=0, atol=2e-5)
     text = "Wrap these lines of text."
     assert again.tokenizer.encode(text, bos=True, eos=True) == model.tokenizer.encode(text, bos=True, eos=True)
+
+
+def test_an_export_ends_answers_where_its_base_does(hf_folder, tmp_path):
+    model = trained(hf_folder, NORM_BIAS)
+    model.config.eos_token_id = [model.tokenizer.eos_id, 5]
+    export_hf(model, tmp_path / "model")
+    assert stop_ids(accessory.load_model([tmp_path / "model"])) == stop_ids(model) == {model.tokenizer.eos_id, 5}
 
 
 def test_an_export_without_any_trainables_of_a_meta_base_adds_no_biases(meta_folder, tmp_path):

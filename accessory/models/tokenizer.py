@@ -16,6 +16,7 @@ from accessory.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+CONVERTED = "converted_from_tokenizer_model"  # in the latter: the file beside it is the original
 
 
 class Tokenizer:
@@ -133,12 +134,18 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Optional[Path]:
-    """A tokenizer in a checkpoint folder: Hugging Face's files first, as only they hold added tokens and templates."""
-    if all((folder / name).is_file() for name in HF_FILES):
+    """A tokenizer in a checkpoint folder: Hugging Face's files first, as only they hold added tokens and templates,
+    unless they were made from a sentencepiece model (`tokenizer_export.py`)."""
+    if all((folder / name).is_file() for name in HF_FILES) and not _is_converted(folder):
         return folder
     if (folder / SENTENCEPIECE_FILE).is_file():
         return folder / SENTENCEPIECE_FILE
     return folder if (folder / HF_FILES[0]).is_file() else None
+
+
+def _is_converted(folder: Path) -> bool:
+    has_original = (folder / SENTENCEPIECE_FILE).is_file()
+    return has_original and f'"{CONVERTED}"' in (folder / HF_FILES[1]).read_text(errors="replace")
 
 
 def require_tokenizer(model: Any) -> Tokenizer:

@@ -238,6 +238,56 @@ def test_linears_left_in_16_bit_are_the_bases(hf_folder, text, tmp_path):
     assert layers["model.layers.1.self_attn.v_proj"].backend.bits == 8
 
 
+@pytest.mark.parametrize("method", [Method.autoround, Method.awq], ids=lambda method: method.value)
+def test_a_whole_block_may_stay_in_16_bit(hf_folder, text, tmp_path, method):
+    folder = quantized(hf_folder, tmp_path / "out", method, text, layer_config={"layers.1.": {"bits": 16}})
+    layers = block_linears(accessory.load_model(str(folder)))
+    packed = {name for name, layer in layers.items() if isinstance(layer.backend, Int4)}
+    assert len(packed) == 7 and all("layers.0." in name for name in packed)
+
+
+def test_what_is_left_unquantized_of_a_base_in_fp16_stays_in_it(hf_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(hf_folder, base)
+    tensors = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    folder = quantized(base, tmp_path / "out", Method.rtn, precision=None)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    kept = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert kept.dtype == torch.float16 and torch.equal(kept, tensors["model.embed_tokens.weight"])
+
+
+def test_a_finished_job_that_is_repeated_is_left_as_it_is_and_one_of_other_settings_refused(
+    hf_folder, tmp_path, capsys
+):
+    folder = quantized(hf_folder, tmp_path / "out", Method.rtn)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert quantize_base(settings(hf_folder, folder, Method.rtn), repeated=True) == folder
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: finished before"
+    with pytest.raises(UserError, match="holds model already"):
+        quantize_base(settings(hf_folder, folder, Method.rtn, sym=True), repeated=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_another_fine_tuning_of_a_base_is_another_base(hf_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(hf_folder, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] += 1e-3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    plans = [make_plan(settings(folder, tmp_path / "out", Method.rtn)) for folder in (hf_folder, base)]
+    assert plans[0].sources.base["fingerprint"] == plans[1].sources.base["fingerprint"]
+    assert plans[0].settings["weights"] != plans[1].settings["weights"]
+
+
+def test_options_that_do_nothing_are_named(hf_folder, text, tmp_path, capsys):
+    quantized(hf_folder, tmp_path / "out", Method.int8, text)
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("not used"))
+    assert told.split(maxsplit=2)[2] == (
+        "autoround.iters, group_size, sym, calib.dataset: method=int8 has no use for it"
+    )
+
+
 def test_a_text_is_measured_before_and_after(hf_folder, text, tmp_path, capsys):
     options = EvaluationConfig(text=str(text), name="wrap", seqlen=32)
     folder = quantized(hf_folder, tmp_path / "out", Method.rtn, eval=options)

@@ -17,12 +17,12 @@ from accessory.quantize_options import Method, QuantizeConfig
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def model(hidden: int = 576, mlp: int = 1536, tied: bool = True):
+def model(hidden: int = 576, mlp: int = 1536, tied: bool = True, layers: int = 2):
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=hidden,
         intermediate_size=mlp,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=tied,
@@ -31,8 +31,8 @@ def model(hidden: int = 576, mlp: int = 1536, tied: bool = True):
 
 
 def schemes(**settings) -> dict[str, Scheme]:
-    tied = settings.pop("tied", True)
-    return schemes_of(model(tied=tied), QuantizeConfig(output_dir="x", **settings))
+    tied, layers = settings.pop("tied", True), settings.pop("layers", 2)
+    return schemes_of(model(tied=tied, layers=layers), QuantizeConfig(output_dir="x", **settings))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,13 @@ def test_layer_config_changes_one_linear_by_name_and_many_by_pattern():
     assert found["model.layers.1.mlp.up_proj"] == Scheme(4, 64, False)
 
 
+def test_a_key_of_layer_config_is_text_before_it_is_an_expression():
+    """As an expression, `layers.1.` would mean the layers 10 to 12 too."""
+    found = schemes(layers=13, method=Method.rtn, layer_config={"layers.1.": {"bits": 16}})
+    assert not any("layers.1." in name for name in found)
+    assert len([name for name in found if "layers.1" in name]) == 3 * 7
+
+
 def test_layer_config_may_be_a_file_and_may_use_auto_rounds_names(tmp_path):
     (tmp_path / "layers.json").write_text(json.dumps({DOWN: "W8A16"}))
     assert schemes(method=Method.rtn, layer_config=str(tmp_path / "layers.json"))[DOWN].bits == 8
@@ -108,6 +115,8 @@ def test_the_output_layer_is_quantized_only_where_it_is_one_of_its_own():
         ({"layer_config": {"proj": {"bits": 16}}}, "nothing to quantize"),
         ({"vision": True}, "vision=true: this model is language-only"),
         ({"bits": 2, "format": "auto_awq"}, "auto_awq holds 4 bits only"),
+        ({"method": Method.int8, "scheme": "W4A16G64"}, "--scheme W4A16G64: method=int8 is 8 bits"),
+        ({"method": Method.int8, "bits": 2}, "bits=2: method=int8 is 8 bits"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, message):

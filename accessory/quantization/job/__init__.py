@@ -13,6 +13,7 @@ import torch
 from accessory.errors import UserError
 from accessory.export import check_target
 from accessory.files import atomic_folder
+from accessory.models import read_json
 from accessory.precision import multiplies_bf16
 from accessory.quantization.job.flow import Flow
 from accessory.quantization.job.measure import Texts, perplexity_on_rows
@@ -21,6 +22,7 @@ from accessory.quantization.job.plan import Plan, make_plan
 from accessory.quantization.job.result import (
     MANIFEST_FILE,
     check_reloaded,
+    damage,
     file_sizes,
     manifest,
     model_config,
@@ -30,14 +32,20 @@ from accessory.quantization.job.work import TRANS, Work
 from accessory.quantize_options import QuantizeConfig
 
 
-def quantize_base(config: QuantizeConfig) -> Path:
+def quantize_base(config: QuantizeConfig, repeated: bool = False) -> Path:
     """Quantize a base as `config` says and return the new folder.
 
     Raises UserError for anything the user can mend, before weights are read where that is possible. What an interrupted
-    job has done lies beside the folder, block by block, and the same call goes on from there.
+    job has done lies beside the folder, block by block, and the same call goes on from there. repeated: a folder that
+    the same call has finished is left as it is, where otherwise it is refused.
     """
     target = Path(config.output_dir).expanduser()
     trans = Path(config.save_trans).expanduser() if config.save_trans is not None else None
+    if repeated and (manifests := sorted(target.glob(f"**/{MANIFEST_FILE}"))):
+        plan = make_plan(config)
+        if all(damage(file.parent) is None and read_json(file).get("settings") == plan.digest for file in manifests):
+            print(f"{target}: finished before", flush=True)
+            return target
     check_target(target)
     if trans is not None:
         _check_trans(trans, target)
@@ -104,6 +112,8 @@ def describe_plan(plan: Plan, work: Work) -> str:
         f"method      {config.method.value}, {usual}, {len(plan.schemes)} linears"
         + (f"; {len(plan.unquantized)} stay in 16 bit" if plan.unquantized else ""),
     ]
+    if plan.unused:
+        lines.append(f"not used    {', '.join(plan.unused)}: method={config.method.value} has no use for it")
     if plan.is_calibrated:
         lines.append(f"calibration {rows} rows of {seqlen} tokens; {'; '.join(plan.rows.report)}")
     lines.append(f"device      {plan.device}, {str(plan.dtype).removeprefix('torch.')}{_slow(plan)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -31,8 +29,7 @@ def calibrate_base(config: Config) -> Config:
     if config.quantization.method not in CALIBRATED:
         return config
     job = _job(config)
-    settings = json.dumps(make_plan(job).settings, sort_keys=True, default=str)
-    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    key = make_plan(job).digest
     name = Path(config.model.pretrained_path[0]).resolve().name
     folder = _cache(config.quantization) / f"{name}-{job.method.value}-{key}"
     with FileLock(f"{folder}.lock"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from accessory import __version__
-from accessory.bases import Folder
+from accessory.bases import Folder, weights_digest
 from accessory.errors import UserError
 from accessory.models import build_model, find_device
 from accessory.models.qformer import image_input
@@ -25,7 +27,7 @@ from accessory.quantization.int4 import Int4
 from accessory.quantization.job.schemes import block_linear_shapes, output_formats, schemes_of
 from accessory.quantization.methods.autoround import RECIPES, require_auto_round
 from accessory.quantization.packed import Scheme
-from accessory.quantize_options import Format, Method, QuantizeConfig
+from accessory.quantize_options import AutoRoundConfig, AwqConfig, Format, GptqConfig, Method, QuantizeConfig
 from accessory.shards import EMBEDDING, is_image_part
 from accessory.sources import Sources, open_sources
 from accessory.weights import refuse_unfit_weights
@@ -67,7 +69,9 @@ class Plan:
     unquantized: list[str]
     rows: Rows
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of computing
+    stored: torch.dtype  # of what is left unquantized, on disk
+    unused: list[str]  # settings that only another method would look at
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,11 +86,18 @@ class Plan:
                 "format": self.config.format,
                 "schemes": {name: str(scheme) for name, scheme in self.schemes.items()},
                 "rows": self.rows.fingerprint,
+                "weights": weights_digest(self.sources.folders[0]),
                 "dtype": str(self.dtype),
                 "save_trans": self.config.save_trans is not None,
                 "versions": self.versions,
             }
         )
+
+    @property
+    def digest(self) -> str:
+        """The same in 16 hex digits."""
+        settings = json.dumps(self.settings, sort_keys=True, default=str)
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
     def versions(self) -> dict[str, str]:
@@ -134,6 +145,7 @@ def make_plan(config: QuantizeConfig) -> Plan:
     """Open the base and the calibration data; raise UserError for all that cannot work."""
     if config.method is Method.autoround:
         require_auto_round()
+    unused = _unused(config)
     fill_defaults(config)
     sources = open_sources(config.model)
     _check_base(sources)
@@ -142,12 +154,14 @@ def make_plan(config: QuantizeConfig) -> Plan:
     model = build_model(sources.architecture, sources.vision)
     schemes = schemes_of(model, config)
     refuse_unfit_weights(model, sources.folders)
-    dtype = DTYPES[config.precision] if config.precision is not None else _stored_dtype(sources.folders[0])
+    base_dtype = _stored_dtype(sources.folders[0])
+    dtype = stored = DTYPES[config.precision] if config.precision is not None else base_dtype
     device = find_device(config.device)
     if device.type == "cpu" and dtype is torch.float16:
         dtype = torch.float32  # holds every float16, and CPUs compute in it
+        stored = stored if base_dtype is torch.float16 else dtype  # another base's values would be rounded behind it
     unquantized = sorted(block_linear_shapes(model).keys() - schemes.keys())
-    return Plan(config, sources, schemes, unquantized, _rows(config, sources), device, dtype)
+    return Plan(config, sources, schemes, unquantized, _rows(config, sources), device, dtype, stored, unused)
 
 
 def fill_defaults(config: QuantizeConfig) -> None:
@@ -156,6 +170,20 @@ def fill_defaults(config: QuantizeConfig) -> None:
     problems = [message for wrong, message in _checks(config) if wrong]
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _unused(config: QuantizeConfig) -> list[str]:
+    """What was set and only another method would look at."""
+    options = {Method.autoround: AutoRoundConfig(), Method.awq: AwqConfig(), Method.gptq: GptqConfig()}
+    found = [
+        f"{method.value}.{key}"
+        for method, usual in options.items()
+        for key, value in asdict(usual).items()
+        if method is not config.method and getattr(getattr(config, method.value), key) != value
+    ]
+    if config.method is Method.int8:
+        found += [key for key in ("group_size", "sym") if getattr(config, key) is not None]
+    return found + ["calib.dataset"] * (config.method not in CALIBRATED and config.calib.dataset is not None)
 
 
 def fill_recipe(config: QuantizeConfig) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
+from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE, weights_digest
 from accessory.config import LlamaType, ModelConfig
 from accessory.errors import UserError
+from accessory.export import end_tokens
 from accessory.hf_files import ShardWriter, save_tensors
 from accessory.models import build_model, describe_vision, read_json
+from accessory.models.tokenizer_export import save_for_transformers
 from accessory.quantization import formats
 from accessory.quantization.job.flow import Flow, Hidden
 from accessory.quantization.job.plan import Plan
@@ -27,15 +30,16 @@ from accessory.sources import open_sources
 from accessory.weights import layered, read_tensor, weight_places
 
 MANIFEST_FILE = "quantization.json"
+LOGIT_BYTES = 256 << 20  # compared at a time: those of a whole batch may take more than all else
 
 
 def model_config(plan: Plan, kind: Optional[Format]) -> dict[str, Any]:
     """config.json's content. kind: format of the weights, None: floating point."""
     config = LlamaConfig.from_dict(plan.sources.architecture.to_dict())
     config.architectures = ["LlamaForCausalLM"]
-    config.dtype = plan.dtype
+    config.dtype = plan.stored
     tokenizer = plan.sources.tokenizer
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_id, end_tokens(config, tokenizer)
     content = json.loads(config.to_json_string())
     if kind is not None:
         content["quantization_config"] = formats.quantization_config(
@@ -54,7 +58,7 @@ def write_folder(plan: Plan, blocks: list[Path], folder: Path, kind: Optional[Fo
             writer.add(name, tensor)
     writer.close()
     (folder / CONFIG_FILE).write_text(json.dumps(model_config(plan, kind), indent=2) + "\n")
-    plan.sources.tokenizer.save(folder)
+    save_for_transformers(plan.sources.tokenizer, folder)
     if plan.sources.vision is not None:
         save_tensors(image_part, folder / IMAGE_FILE)
         (folder / VISION_CONFIG_FILE).write_text(describe_vision(plan.sources.vision))
@@ -75,9 +79,9 @@ def _tensors(plan: Plan, blocks: list[Path], kind: Optional[Format]) -> Iterator
         yield from tensors.items()
     model = build_model(plan.sources.architecture, plan.sources.vision)
     sources = layered(plan.sources.folders)
-    for name, (shape, _, _) in weight_places(model, torch.device("cpu"), plan.dtype):
+    for name, (shape, _, _) in weight_places(model, torch.device("cpu"), plan.stored):
         if name not in written:
-            yield name, read_tensor(name, sources[name], shape).to(plan.dtype).contiguous()
+            yield name, read_tensor(name, sources[name], shape).to(plan.stored).contiguous()
 
 
 def _converted(tensors: dict[str, Tensor], plan: Plan, first: Format, kind: Format) -> dict[str, Tensor]:
@@ -103,12 +107,18 @@ def check_reloaded(folder: Path, hidden: Hidden, flow: Flow) -> None:
 
     Raises RuntimeError where they differ at all: then the folder is not what was measured, and is not kept.
     """
-    reloaded = flow.streamed(open_sources(ModelConfig(pretrained_path=[str(folder)])))
-    found = reloaded.logits(flow.replay(reloaded))
-    expected = flow.packed.logits(hidden.inputs[0])
-    if not torch.equal(expected, found):
-        worst = (expected - found).abs().max().item()
-        raise RuntimeError(f"{folder}: logits of the reloaded model differ by up to {worst:.3g}; it is not kept")
+    sources = open_sources(ModelConfig(pretrained_path=[str(folder)]))
+    reloaded = flow.streamed(sources)
+    pairs = flow.replay(reloaded).flatten(0, 1), hidden.inputs[0].flatten(0, 1)
+    positions = max(1, LOGIT_BYTES // (4 * sources.architecture.vocab_size))
+    with reloaded.head() as head, flow.packed.head() as own_head:
+        for states, own in zip(*(states.split(positions) for states in pairs), strict=True):
+            found, expected = F.linear(*head(states)).float(), F.linear(*own_head(own)).float()
+            if not torch.equal(expected, found):
+                worst = (expected - found).abs().max().item()
+                raise RuntimeError(
+                    f"{folder}: logits of the reloaded model differ by up to {worst:.3g}; it is not kept"
+                )
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -152,6 +162,8 @@ def manifest(plan: Plan, measured: dict[str, Any], seconds: float, peak_gib: flo
         "options": own_options(config),
         "source": plan.sources.base["path"],
         "source_fingerprint": plan.sources.base["fingerprint"],
+        "source_weights": weights_digest(plan.sources.folders[0]),
+        "settings": plan.digest,
         "calibration": calibration,
         "perplexity": measured,
         "seconds": round(seconds, 3),

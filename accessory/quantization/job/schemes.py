@@ -28,6 +28,9 @@ def default_scheme(config: QuantizeConfig) -> Scheme:
     """bits, group_size and sym of the configuration, with each method's own defaults."""
     stated = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
     if config.method is Method.int8:  # whose only free setting is the format
+        if config.scheme is not None or config.bits not in (4, 8):  # 4: unset
+            what = f"bits={config.bits}" if config.scheme is None else f"--scheme {config.scheme}"
+            raise UserError(f"{what}: method=int8 is 8 bits, a scale a row; leave it out, or choose method=rtn")
         stated = {"bits": 8, "group_size": -1, "sym": True}
     if config.scheme in ("sym", "asym"):  # AutoRound's word of 2024
         stated["sym"] = config.scheme == "sym"
@@ -167,9 +170,12 @@ def _check_group(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
 
 
 def _matching(key: str, names: list[str]) -> list[str]:
-    """The linears that a key of layer_config means: one by name, or those that it matches as a regular expression."""
+    """The linears that a key of layer_config means: one by name, those whose names hold it, or those that it matches as
+    a regular expression. As an expression alone, `layers.1.` would be `layers.10` too."""
     if key in names:
         return [key]
+    if found := [name for name in names if key in name]:
+        return found
     try:
         found = [name for name in names if re.search(key, name)]
     except re.error as error:

@@ -64,11 +64,6 @@ class Streamed:
             weight = layer.weight if isinstance(layer, nn.Embedding) else linear_weight(layer, self.dtype)
             yield lambda hidden: (norm(hidden.to(self.device)), weight)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states before the final norm [b, s, d] -> logits float32 [b, s, v]."""
-        with self.head() as head:
-            return nn.functional.linear(*head(hidden)).float()
-
     def rope(self, seqlen: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions 0 … seqlen-1, each [1, 1, s, e] in the compute type."""
         like = torch.empty(0, device=self.device, dtype=self.dtype)

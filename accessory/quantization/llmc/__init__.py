@@ -187,7 +187,7 @@ def _path_rules(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _is_taken(folder: Path) -> bool:
     """Unless it holds nothing but interrupted work, which will be continued."""
-    return folder.exists() and not (folder.is_dir() and {item.name[0] for item in folder.iterdir()} == {"."})
+    return folder.exists() and not (folder.is_dir() and {item.name[0] for item in folder.iterdir()} <= {"."})
 
 
 def _text_file(path: str) -> Optional[str]:

@@ -41,6 +41,8 @@ def quantize_unit(
 ) -> dict[str, Packed]:
     """blocks: with nn.Linears, whose weights are changed in place (awq scales and clips them, and the norms); schemes:
     of the linears to quantize, by name in the chain. Returns those linears' weights in whole numbers."""
+    if not schemes:  # layer_config leaves them all in 16 bit
+        return {}
     linears = {name: blocks.get_submodule(name) for name in schemes}
     if config.method is Method.gptq:
         return _gptq(blocks, linears, schemes, calibration, config.gptq)
