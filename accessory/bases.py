@@ -141,7 +141,8 @@ def safetensors_files(folder: Path) -> list[str]:
         if not files:
             raise UserError(f"{folder}: config.json without *.safetensors; it holds {listing(folder)}")
         return files
-    files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    places = read_json(index).get("weight_map")
+    files = sorted(set(places.values())) if isinstance(places, dict) else []
     missing = [name for name in files if not (folder / name).is_file()]
     if missing or not files:
         raise UserError(f"{folder}: {index.name} names {', '.join(missing) or 'no file'}, which is not there")

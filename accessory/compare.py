@@ -140,13 +140,20 @@ def compare(what: Comparison, say: Callable[[str], None] = print) -> list[Row]:
 
 def _check(what: Comparison) -> None:
     from accessory.bases import open_folder
-    from accessory.evaluation import read_text
+    from accessory.evaluation import read_text, text_windows
+    from accessory.models import find_device
+    from accessory.models.tokenizer import require_tokenizer
+    from accessory.sources import open_sources
 
     if unknown := [name for name in what.methods if name not in CANDIDATES]:
         raise UserError(f"--methods {unknown[0]}{suggest(unknown[0], CANDIDATES)}; known: {', '.join(CANDIDATES)}")
     if open_folder(what.base).packed:
         raise UserError(f"--pretrained_path {what.base}: is quantized itself; the comparison starts from a 16-bit base")
-    read_text(what.text)
+    if what.eval_seqlen < 2 or what.batch_size < 1:
+        raise UserError(f"--eval_seqlen {what.eval_seqlen}, --batch_size {what.batch_size}: must be at least 2 and 1")
+    find_device(what.device)
+    tokenizer = require_tokenizer(open_sources(ModelConfig(pretrained_path=[str(what.base)])))
+    text_windows(tokenizer, read_text(what.text), what.eval_seqlen, what.max_tokens)
     if any(CANDIDATES[name].is_calibrated for name in what.methods):
         if what.dataset is None:
             raise UserError("AWQ, GPTQ and AutoRound need --dataset FILE; --methods leaves them out")

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from accessory.data.datamodule import PlannedLoader
@@ -21,6 +22,7 @@ from accessory.errors import UserError
 from accessory.models import is_finite
 from accessory.models.llama import Llama
 from accessory.models.loss import summed_cross_entropy
+from accessory.models.tokenizer import Tokenizer
 from accessory.module import batch_loss
 from accessory.quantization import linear_weight
 
@@ -50,10 +52,9 @@ def read_text(path: Path) -> str:
         raise UserError(f"--text {path}: not UTF-8 text (byte {error.start})") from None
 
 
-@torch.inference_mode()
-def text_perplexity(model: Llama, text: str, seqlen: int, max_tokens: int = -1, batch_size: int = 4) -> Perplexity:
-    """Perplexity on plain text. max_tokens: use only so many tokens from the start (-1: all)."""
-    ids = model.tokenizer.encode(text, bos=False, eos=False)
+def text_windows(tokenizer: Tokenizer, text: str, seqlen: int, max_tokens: int = -1) -> Tensor:
+    """int64 [n, seqlen]. max_tokens: use only so many tokens from the start (-1: all)."""
+    ids = tokenizer.encode(text, bos=False, eos=False)
     ids = ids[:max_tokens] if max_tokens > 0 else ids
     windows = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
     if len(windows) == 0:
@@ -61,6 +62,13 @@ def text_perplexity(model: Llama, text: str, seqlen: int, max_tokens: int = -1, 
             f"the text has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; take a longer text, "
             "or a smaller seqlen"
         )
+    return windows
+
+
+@torch.inference_mode()
+def text_perplexity(model: Llama, text: str, seqlen: int, max_tokens: int = -1, batch_size: int = 4) -> Perplexity:
+    """Perplexity on plain text, in `text_windows`."""
+    windows = text_windows(model.tokenizer, text, seqlen, max_tokens)
     check_weights(model)
     nll, tokens = 0.0, 0
     for batch in _bar(windows.split(batch_size), "perplexity"):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from accessory.bases import CONFIG_FILE, IMAGE_FILE, META_FILE, VISION_CONFIG_FILE
 from accessory.config import LlamaType
 from accessory.errors import UserError
-from accessory.files import atomic_folder
+from accessory.files import atomic_folder, check_writable
 from accessory.hf_files import ShardWriter, save_tensors
 from accessory.models import describe_vision
 from accessory.models.llama import Llama, RMSNorm
@@ -170,3 +170,4 @@ def check_target(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "model" if (folder / CONFIG_FILE).is_file() else "something"
         raise UserError(f"--output_dir {folder}: holds {kind} already; choose another, or remove it")
+    check_writable(folder, f"--output_dir {folder}")

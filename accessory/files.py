@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,17 @@ from typing import Optional, TextIO
 from accessory.errors import UserError
 
 LOCK_FILE = ".lock"
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder, which need not be there, that nothing can be written into; leaves nothing behind. flag: what
+    named it, and its value."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):  # nameless: other ranks do the same
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be written ({error.strerror})") from None
 
 
 def sha256(path: Path) -> str:

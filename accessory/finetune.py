@@ -38,7 +38,7 @@ from accessory.data.images import deterministic
 from accessory.errors import UserError
 from accessory.export import export_hf
 from accessory.fast import Fast
-from accessory.files import disk_error, link, remove_partial, sole_user
+from accessory.files import check_writable, disk_error, link, remove_partial, sole_user
 from accessory.interruption import Interruption
 from accessory.loggers import make_loggers
 from accessory.models import read_json
@@ -51,7 +51,6 @@ from accessory.preflight import (
     MERGED,
     refuse_overwriting,
     refuse_sharded_export,
-    refuse_unwritable,
     refuse_without_images,
 )
 from accessory.quantization.job.cached import calibrate_base
@@ -99,7 +98,7 @@ def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Pat
         config = replace(config, quantization=as_stored(config.quantization, sources.folders))
     check_recipe(sources, config.recipe, config.quantization)
     refuse_overwriting(config, output_dir, sources)
-    refuse_unwritable(output_dir)
+    check_writable(output_dir, f"--output_dir {output_dir}")
     tokenizer = require_tokenizer(sources)
     sizes = (config.train.batch_size, config.train.accum_iter, world.size, world.rank)
     fast = fast_parts.choose(config, world)

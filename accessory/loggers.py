@@ -17,7 +17,10 @@ def make_loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
     elif config.name is LoggerName.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        loggers.append(TensorBoardLogger(output_dir, name="tensorboard"))
+        try:
+            loggers.append(TensorBoardLogger(output_dir, name="tensorboard"))
+        except ModuleNotFoundError:
+            raise UserError("logger=tensorboard: needs tensorboard: pip install 'accessory[tensorboard]'") from None
     return loggers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from accessory.config import Config
@@ -45,13 +44,3 @@ def refuse_without_images(config: Config, data: DataModule) -> None:
     if (recipe.projector or recipe.vision) and report.images == report.unreadable:
         what = "projector" if recipe.projector else "vision"
         raise UserError(f"recipe.{what}=true, but no item of --data_config {config.data.data_config} has an image")
-
-
-def refuse_unwritable(output_dir: Path) -> None:
-    """Leaves nothing behind: a mistake in the data, say, should not have made a folder."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):  # nameless: other ranks do the same
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None

@@ -52,8 +52,8 @@ class CalibrationConfig:
     """Rows of seqlen tokens. Unset: 128 (autoround.recipe=best: 512)."""
     seqlen: Optional[int] = None
     """Tokens in a row. Unset: 2048, or what the model has positions for (autoround.recipe=light: 512)."""
-    batch_size: int = 8
-    """Rows at a time."""
+    batch_size: Optional[int] = None
+    """Rows at a time. Unset: 8, or all of them where they are fewer."""
     whole_file: bool = False
     """Read a .txt file as one document that is cut into rows, instead of a sample a line."""
     concat: bool = True

@@ -23,6 +23,7 @@ from accessory.config import (
     QuantMethod,
 )
 from accessory.errors import UserError
+from accessory.files import atomic_file, check_writable
 from accessory.flags import MODEL_FLAGS, Flag
 from accessory.folders import require_folders
 from accessory.schema import to_typed
@@ -93,6 +94,10 @@ class EvaluateConfig:
             raise UserError(f"--limit {self.limit}: must be a whole number of items, or a share between 0 and 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UserError(f"--num_fewshot {self.num_fewshot}: must not be negative")
+        if self.text is None and self.max_tokens != -1:
+            raise UserError(f"--max_tokens {self.max_tokens}: is for --text; leave it out")
+        if self.data_config is None and self.dialog:
+            raise UserError("--dialog: is for --data_config; leave it out")
         if self.seqlen < 2 or self.batch_size < 1:
             raise UserError(f"seqlen={self.seqlen}, batch_size={self.batch_size}: must be at least 2 and 1")
 
@@ -158,17 +163,19 @@ def _output_file(path: str) -> Path:
         raise UserError(f"--output {path}: there is no folder {file.parent}; create it first")
     if file.is_dir():
         raise UserError(f"--output {path}: is a folder; name a file in it")
+    check_writable(file.parent, f"--output {path}")
     return file
 
 
 def _protocol(config: EvaluateConfig, sources: Any) -> Any:
     """How the perplexity of a model is measured; the data's mistakes come here, before any model."""
     from accessory.data.datamodule import answer_loader
-    from accessory.evaluation import answer_perplexity, read_text, text_perplexity
+    from accessory.evaluation import answer_perplexity, read_text, text_perplexity, text_windows
     from accessory.models.qformer import image_input
 
     if config.text is not None:
         text = read_text(Path(config.text).expanduser())
+        text_windows(sources.tokenizer, text, config.seqlen, config.max_tokens)
         return lambda model: text_perplexity(model, text, config.seqlen, config.max_tokens, config.batch_size)
     data = DataConfig(
         data_config=config.data_config,
@@ -220,7 +227,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if tasks is not None:
             figures["tasks"] = _run_tasks(config, model, tasks)
     if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+        with atomic_file(output) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 

@@ -147,7 +147,8 @@ def _check_report(
     if report.kept == 0:
         share = f" (an image takes {images.words} of them)" if report.images else ""
         raise UserError(
-            f"--max_words {config.max_words}: shorter than every prompt of {path}{share}, no answer is left to learn"
+            f"--max_words {config.max_words}: shorter than every prompt of {path}{share}, no answer is left to learn "
+            "(in an evaluation --seqlen sets it)"
         )
 
 

@@ -119,7 +119,8 @@ class Estimator:
     def saving(self, case: Case) -> str:
         """What of a step is recomputed or lies elsewhere."""
         if case.recomputed:
-            return f"{case.recomputed} of {self.blocks} blocks recomputed"
+            away = ", inputs in host memory" if case.offloaded else ""
+            return f"{case.recomputed} of {self.blocks} blocks recomputed{away}"
         if case.offloaded:
             return "inputs in host memory"
         again = self.step(case).fused and not case.keeps_attention

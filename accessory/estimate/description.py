@@ -57,6 +57,9 @@ def describe_model(config: EstimateConfig) -> Described:
 def _without_weights(config: EstimateConfig, folder: Optional[Path]) -> Described:
     vision = _vision(config.model, folder)
     if config.size is not None:
+        for path in config.model.llama_config:  # one with LoRA settings alone may stand there
+            if "dim" in read_json(find_file(path)):
+                raise UserError(f"--model {config.size} and --llama_config {path}: name one of them")
         return Described(f"LLaMA2 {config.size}", _llama2(config.size), vision, {})
     files = [find_file(path) for path in config.model.llama_config]
     if folder is not None:

@@ -77,7 +77,7 @@ def verdict(estimator: Estimator, memory: int) -> tuple[str, list[tuple[str, int
     left = f"{memory / GIB:.4g} GiB, of which tensors can take {available / GIB:.2f}"
     if peak <= available:
         spare = f"; {(available - peak) / GIB:.2f} GiB to spare"
-        host = f" ({estimator.on_host() / GIB:.1f} GiB of it)" if estimator.asked.offloaded else ""
+        host = f" ({estimator.on_host() / GIB:.1f} GiB of it)" if estimator.on_host() >= GIB / 20 else ""
         return f"{left}: training fits, with {estimator.saving(estimator.asked)}{host}{spare}", []
     found = list(estimator.suggestions(available))
     lines = [f"{left}: training does not fit ({peak / GIB:.2f} GiB). Instead:"]

@@ -26,7 +26,7 @@ if [[ $data == mm/* ]]; then
     kind=(--llama_type llama_qformerv2_peft --image_root "$4")
 fi
 shift $wanted
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 1) # those that the run will see
 output=${OUTPUT:-output/finetune/$experiment}
 mkdir -p "$output"
 

@@ -194,6 +194,8 @@ def fill_recipe(config: QuantizeConfig) -> None:
     tuning.lr = lr if tuning.lr is None else tuning.lr
     if calib.nsamples is None:
         calib.nsamples = nsamples if is_tuned else 128
+    if calib.batch_size is None:
+        calib.batch_size = max(1, min(8, calib.nsamples))
     if calib.seqlen is None and is_tuned:
         calib.seqlen = seqlen
 
