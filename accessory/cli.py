@@ -52,12 +52,14 @@ def help_text(program: str, flags: list[Flag], schema: type, groups: Collection[
     return "\n".join(lines)
 
 
-def run_command(main: Callable[[], Any]) -> None:
-    """Run an entry point; a user's mistake becomes one line on stderr and exit code 2."""
+def run_command(main: Callable[[], Any], goes_on: bool = True) -> None:
+    """Run an entry point; a user's mistake becomes one line on stderr and exit code 2. goes_on: whether the same
+    command continues what was stopped."""
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is saved", file=sys.stderr, flush=True)
+        then = "; the same command goes on from what is saved" if goes_on else ""
+        print(f"stopped{then}", file=sys.stderr, flush=True)
         sys.exit(130)
     except Interrupted as stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the same once more, while the process is ending

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import html
+import io
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -22,19 +25,21 @@ from accessory.data.images import ImageProblem, read_image
 from accessory.data.prompts import SEPARATOR, as_messages, dialog_prompt, format_prompt
 from accessory.demo_flags import CONVERSATION, SINGLE_TURN
 from accessory.errors import UserError
-from accessory.generation import stream
+from accessory.generation import prompt_ids, stream
 from accessory.models import find_device
 from accessory.models.llama import Llama
-from accessory.models.tokenizer import require_tokenizer
+from accessory.models.qformer import image_input
+from accessory.models.tokenizer import Tokenizer, require_tokenizer
 from accessory.precision import default_dtype
-from accessory.sources import open_sources
+from accessory.sources import Sources, open_sources
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KEPT_SECONDS = 24 * 3600  # how long an uploaded image lies in Gradio's temporary folder
 CSS = ".message-markdown-disabled .md { white-space: pre-wrap !important; }"  # the indentation of code in a chat
 
 
-def load(args: argparse.Namespace) -> Llama:
+def load(args: argparse.Namespace, page_of_images: bool = False) -> Llama:
+    """The model, after all that can be wrong. page_of_images: whether its page is for images."""
     sources = open_sources(
         accessory.describe_model(args.pretrained_path, args.llama_type, args.llama_config, args.tokenizer_path)
     )
@@ -43,6 +48,12 @@ def load(args: argparse.Namespace) -> Llama:
         raise UserError(f"--system_prompt chat: {tokenizer.path} has no chat template; choose another")
     if getattr(args, "image", None) is not None:
         _check_image(args.image, sources.vision is not None)
+    if args.prompt is None and page_of_images and sources.vision is None:
+        raise UserError("this model is language-only and takes no images; demos/single_turn.py serves its page")
+    if args.prompt is None:
+        _check_page(args)
+    else:
+        _check_length(args, sources)
     quantization = QuantizationConfig(method=QuantMethod.nf4 if args.quant else QuantMethod.none)
     device = find_device(args.device)
     is_quantized = args.quant or sources.folders[0].packed
@@ -68,6 +79,28 @@ def _check_image(image: str, is_multimodal: bool) -> None:
         raise UserError(f"--image {image}: {problem}") from None
 
 
+def _check_length(args: argparse.Namespace, sources: Sources) -> None:
+    prompt, _ = prompt_of(args.prompt, getattr(args, "input", ""), args.system_prompt, sources.tokenizer)
+    image_words = image_input(sources.vision).words if getattr(args, "image", None) is not None else 0
+    limit = sources.architecture.max_position_embeddings if args.max_seq_len is None else args.max_seq_len
+    prompt_ids(sources.tokenizer, prompt, image_words, args.max_gen_len, limit)
+
+
+def _check_page(args: argparse.Namespace) -> None:
+    """What would be told only once the weights are read."""
+    open_gradio()
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", args.port))
+    except (OSError, OverflowError):
+        raise _port_taken(args) from None
+
+
+def _port_taken(args: argparse.Namespace) -> UserError:
+    return UserError(f"--port {args.port}: cannot be opened, another program may use it; choose another")
+
+
 def answers(
     model: Llama,
     question: str,
@@ -79,12 +112,16 @@ def answers(
     image: Optional[str] = None,
 ) -> Iterator[str]:
     """The growing answer to a question in a prompt format."""
-    item, stop_text = {"instruction": question, "input": context}, None
-    if kind == CONVERSATION:  # its answers end with a separator, not with EOS
-        prompt, stop_text = dialog_prompt(as_messages(item)), f"\n{SEPARATOR}"
-    else:
-        prompt = format_prompt(item, PromptType(kind), model.tokenizer)
+    prompt, stop_text = prompt_of(question, context, kind, model.tokenizer)
     yield from reply(model, prompt, length, temperature, top_p, stop_text, image)
+
+
+def prompt_of(question: str, context: str, kind: str, tokenizer: Tokenizer) -> tuple[str, Optional[str]]:
+    """A question in a prompt format, and the text that ends its answer, if not EOS alone."""
+    item = {"instruction": question, "input": context}
+    if kind == CONVERSATION:
+        return dialog_prompt(as_messages(item)), f"\n{SEPARATOR}"
+    return format_prompt(item, PromptType(kind), tokenizer), None
 
 
 def reply(
@@ -97,18 +134,26 @@ def reply(
     image: Optional[str],
 ) -> Iterator[str]:
     """The growing answer to a prompt; numbers as a page's sliders give them."""
-    yield from stream(model, prompt, int(length), float(temperature), float(top_p), stop_text, image)
+    for text in stream(model, prompt, int(length), float(temperature), float(top_p), stop_text, image):
+        # The space in front of a conversation's answer is the format's, which writes it into the next prompt too; with
+        # byte-level tokenizers an answer begins with it.
+        yield text if stop_text is None else text.removeprefix(" ")
 
 
 def print_answer(growing: Iterator[str]) -> None:
     """Print an answer as it grows; stdout holds the answer and nothing else."""
     if int(os.environ.get("RANK", 0)) != 0:
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     shown = ""
-    for text in growing:
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    print(flush=True)
+    try:
+        for text in growing:
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print(flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def answer_once(model: Llama, args: argparse.Namespace) -> None:
@@ -123,7 +168,7 @@ def serve_single_turn(model: Llama, args: argparse.Namespace) -> None:
     gr = open_gradio()
 
     def respond(*values: Any) -> Iterator[str]:
-        if not values[0].strip():
+        if not values[0].strip() and values[2] != PromptType.caption:  # which asks none
             toast("There is no question yet.")
             return
         try:
@@ -200,7 +245,7 @@ def launch(page: Any, args: argparse.Namespace) -> None:
             css=CSS,
         )
     except (OSError, OverflowError):
-        raise UserError(f"--port {args.port}: cannot be opened, another program may use it; choose another") from None
+        raise _port_taken(args) from None
 
 
 def open_gradio() -> Any:

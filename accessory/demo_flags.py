@@ -76,7 +76,14 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         raise UserError("--model_parallel_size: tensor parallelism is not offered; one GPU answers")
     if args.max_gen_len < 1:
         raise UserError(f"--max_gen_len {args.max_gen_len}: an answer has at least 1 token")
+    for name in ("prompt", "input"):
+        try:
+            (getattr(args, name, None) or "").encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{name}: not UTF-8 text; set the terminal's encoding to UTF-8") from None
     if getattr(args, "image", None) is not None:
+        if args.prompt is None and args.system_prompt == PromptType.caption:  # which asks nothing
+            args.prompt = ""
         if args.prompt is None:
             raise UserError("--image goes with --prompt; without it a page is served, where images are uploaded")
         args.image = str(Path(args.image).expanduser())

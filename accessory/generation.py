@@ -21,6 +21,7 @@ from accessory.data.packing import IMAGE_SLOT, insert_image
 from accessory.decoding import Decoder, KVCache, borrowed
 from accessory.errors import UserError
 from accessory.models.llama import NO_IMAGES, Llama
+from accessory.models.tokenizer import Tokenizer
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: Optional[torch.Generator] = None) -> Tensor:
@@ -147,6 +148,20 @@ def stop_ids(model: Llama) -> set[int]:
     return {i for i in (*listed, model.tokenizer.eos_id, model.tokenizer.chat_end_id) if i is not None}
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str, image_words: int, max_new_tokens: int, limit: int) -> list[int]:
+    """A prompt as token ids, with slots for `image_words`; refused where it and its answer exceed `limit` positions."""
+    writes_bos = tokenizer.bos_text is not None and prompt.startswith(tokenizer.bos_text)  # a chat template did
+    ids = tokenizer.encode(prompt, bos=not writes_bos, eos=False)
+    if image_words:
+        ids = insert_image(ids, image_words, IMAGE_SLOT)
+    if len(ids) + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten one of them"
+        )
+    return ids
+
+
 Picture = Union[str, Path, Image.Image, None]
 
 
@@ -159,18 +174,10 @@ def _encode(
     if tokenizer is None:
         raise UserError("this model has no tokenizer; load it with tokenizer_path to use text")
     limit = model.config.max_position_embeddings
-    encoded = []
-    for prompt, picture in zip(prompts, pictures, strict=True):
-        writes_bos = tokenizer.bos_text is not None and prompt.startswith(tokenizer.bos_text)  # a chat template did
-        ids = tokenizer.encode(prompt, bos=not writes_bos, eos=False)
-        if picture is not None:
-            ids = insert_image(ids, model.image_words, IMAGE_SLOT)
-        if len(ids) + max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
-                "shorten one of them"
-            )
-        encoded.append(ids)
+    encoded = [
+        prompt_ids(tokenizer, prompt, 0 if picture is None else model.image_words, max_new_tokens, limit)
+        for prompt, picture in zip(prompts, pictures, strict=True)
+    ]
     shown = [_pixels(model, picture) for picture in pictures if picture is not None]
     return encoded, torch.stack(shown).to(model.device) if shown else None
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from accessory.cli import run_command
 from accessory.demo_flags import add_generation_flags, add_image_flag, add_model_flags, parse
-from accessory.errors import UserError
 
 
 def main() -> None:
@@ -25,14 +24,12 @@ def main() -> None:
     args = parse(parser)
     from accessory.demo import answer_once, load, serve_single_turn
 
-    model = load(args)
+    model = load(args, page_of_images=True)
     if args.prompt is not None:
         answer_once(model, args)
-    elif model.image_words > 0:
-        serve_single_turn(model, args)
     else:
-        raise UserError("this model is language-only and takes no images; demos/single_turn.py serves its page")
+        serve_single_turn(model, args)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=False)

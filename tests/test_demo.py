@@ -112,6 +112,41 @@ def test_chat_without_a_template_is_refused(ask, script, meta_folder):
     assert code == 2 and err.startswith("error: --system_prompt chat:") and "has no chat template" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--prompt", "Wrap it.", "--max_seq_len", "20"], "exceed the model's 20 positions"),
+        (["--port", "70000"], "--port 70000: cannot be opened"),
+        (["--prompt", "caf\udce9"], "--prompt: not UTF-8 text"),
+    ],
+)
+def test_what_can_be_known_is_told_before_weights_are_read(ask, meta_folder, monkeypatch, flags, complaint):
+    monkeypatch.setattr(demo, "assemble", lambda *args: pytest.fail("weights are read"))
+    code, out, err = ask("single_turn.py", "--pretrained_path", meta_folder, *flags)
+    assert (code, out) == (2, "") and complaint in err
+
+
+def test_the_space_in_front_of_a_conversations_answer_is_the_formats_own(monkeypatch, language_model):
+    monkeypatch.setattr(demo, "stream", lambda *args: iter([" ", " Ah", " Ah  so"]))
+    assert list(demo.reply(language_model, "p", 9, 0, 1, "\n###", None)) == ["", "Ah", "Ah  so"]
+    assert list(demo.reply(language_model, "p", 9, 0, 1, None, None)) == [" ", " Ah", " Ah  so"]
+
+
+def test_a_caption_is_asked_for_without_a_question(ask, qformer_folder, picture):
+    words = [
+        "--pretrained_path",
+        qformer_folder,
+        "--image",
+        picture,
+        "--system_prompt",
+        "caption",
+        "--max_gen_len",
+        "4",
+    ]
+    code, out, err = ask("single_turn_mm.py", *words)
+    assert code == 0 and out.endswith("\n"), err
+
+
 def test_answer_without_tokens_is_refused(ask):
     code, _, err = ask("multi_turn.py", "--pretrained_path", "nowhere", "--max_gen_len", "0")
     assert (code, err) == (2, "error: --max_gen_len 0: an answer has at least 1 token\n")
