@@ -93,6 +93,27 @@ def test_rows_are_what_separate_runs_give(what, hf_folder):
     assert rows[1].disk_bytes is None and rows[1].seconds > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"eval_seqlen": 1}, "--eval_seqlen 1, --batch_size 4: must be at least 2 and 1"),
+        ({"eval_seqlen": 10**6}, "fewer than one window"),
+        ({"device": "gpu"}, "--device gpu: unknown device"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_quantized(settings, complaint, what, job):
+    with pytest.raises(UserError, match=complaint):
+        compare(what("gptq-g64-asym", **settings))
+    assert job.commands == []
+
+
+def test_a_base_that_has_changed_is_another_base(what, job, monkeypatch):
+    compare(what("gptq-g64-asym"))
+    monkeypatch.setattr("accessory.bases.weights_digest", lambda base: "another")
+    (row,) = compare(what("gptq-g64-asym"))
+    assert "was made with source_weights=" in row.error
+
+
 def test_default_is_every_method_of_the_brief():
     assert Comparison(Path("b"), Path("t"), Path("o")).methods == [
         *("16bit", "int8", "nf4", "rtn-g64-asym", "rtn-g64-sym"),

@@ -87,6 +87,26 @@ def test_conversations_are_measured_with_dialog(hf_folder, tmp_path, monkeypatch
     assert figures["tokens"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"seqlen": 512}, "fewer than one window of seqlen=512"),
+        ({"seqlen": 2, "output": "/proc/figures.json"}, "--output /proc/figures.json: cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_told_before_that_too(options, complaint, no_model, hf_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("short lines of text")
+    with pytest.raises(UserError, match=complaint):
+        evaluate(evaluation(hf_folder, text=str(tmp_path / "text.txt"), **options))
+
+
+def test_options_of_the_other_kind_of_data_are_refused(hf_folder):
+    with pytest.raises(UserError, match="--max_tokens 5: is for --text"):
+        evaluation(hf_folder, data_config="data.yaml", max_tokens=5)
+    with pytest.raises(UserError, match="--dialog: is for --data_config"):
+        evaluation(hf_folder, text="text.txt", dialog=True)
+
+
 # --- export ----------------------------------------------------------------------------------------------------------
 
 

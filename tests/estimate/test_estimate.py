@@ -180,6 +180,12 @@ def test_what_cannot_be_is_told_in_a_line(settings, message):
         estimate(asked(**settings))
 
 
+def test_two_descriptions_of_a_model_are_refused(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 4096}))
+    with pytest.raises(UserError, match=r"--model tiny and --llama_config .*params.json: name one"):
+        estimate(asked(model=ModelConfig(pretrained_path=[], llama_config=[str(tmp_path / "params.json")])))
+
+
 def test_a_folder_that_describes_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither weights nor config"):
         estimate(asked(size=None, model=ModelConfig(pretrained_path=[str(tmp_path)])))
