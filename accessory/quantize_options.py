@@ -176,7 +176,7 @@ class QuantizeConfig:
     names in output_dir."""
     layer_config: Any = None
     """Other settings for some linears, as JSON or a JSON file: {"model.layers.0.mlp.down_proj": {"bits": 8}}; keys may
-    be regular expressions, 16 bits leave a linear unquantized."""
+    be a part of names or regular expressions, 16 bits leave a linear unquantized."""
     quant_lm_head: bool = False
     """Quantize the output layer too."""
     vision: bool = False
