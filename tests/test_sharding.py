@@ -104,7 +104,7 @@ def case(request, tmp_path_factory, tokenizer_file, deep_folder, nine_items, nin
         write_int4(write_base(folder / "base", tokenizer_file, layers=4), base)
     changes = RUN | CASES[request.param] | {"save.step_interval": 2, "data.val_config": str(data)}
     if method != "folder":
-        changes |= {"quantization.method": method, "quantization.group_size": 32}
+        changes |= {"quantization.method": method} | ({"quantization.group_size": 32} if method == "rtn" else {})
     finetune(tiny_config(base, data, folder / "out", **changes))
     return base, data, changes, folder / "out"
 

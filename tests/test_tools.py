@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +138,9 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_conversation_is_asked_in_the_format_of_dialog_and_stops_at_its_separator(monkeypatch):
     asked = []
     monkeypatch.setattr(demo, "stream", lambda model, *values: asked.append(values) or iter(["answer"]))
-    assert list(demo.answers(None, "Wrap it.", "lines", "conversation", 8, 0, 1)) == ["answer"]
+    assert list(demo.answers(SimpleNamespace(tokenizer=None), "Wrap it.", "lines", "conversation", 8, 0, 1)) == [
+        "answer"
+    ]
     assert asked == [(f"{SYSTEM}\n\n### Human: Wrap it.\n\nlines\n### Assistant:", 8, 0.0, 1.0, "\n###", None)]
     assert arguments("--pretrained_path", "x", "--system_prompt", "conversation").system_prompt == "conversation"
 
