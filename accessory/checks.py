@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from accessory.config import (
+    CALIBRATED,
     LINEARS,
     Config,
     DataConfig,
@@ -66,12 +67,11 @@ def _quantization(config: Config) -> list[Check]:
 
 def _unused(quantization: QuantizationConfig) -> list[Check]:
     """Settings that a method does not look at: with bits=8 and rtn, say, a run would go on with 4."""
-    calibrated = (QuantMethod.autoround, QuantMethod.awq, QuantMethod.gptq)
     users = {
         "blocksize": (QuantMethod.nf4,),
         "double_quant": (QuantMethod.nf4,),
-        "group_size": (QuantMethod.rtn, *calibrated),
-        **dict.fromkeys(("bits", "sym", "dataset", "nsamples", "seqlen"), calibrated),
+        "group_size": (QuantMethod.rtn, *CALIBRATED),
+        **dict.fromkeys(("bits", "sym", "dataset", "nsamples", "seqlen"), CALIBRATED),
         "iters": (QuantMethod.autoround,),
     }
     usual, method = QuantizationConfig(), quantization.method

@@ -88,6 +88,9 @@ class ModelConfig:
     """Whether a multimodal model takes images; --no_visual loads its language part alone."""
 
 
+CALIBRATED = (QuantMethod.autoround, QuantMethod.awq, QuantMethod.gptq)
+
+
 @dataclass
 class QuantizationConfig:
     method: QuantMethod = QuantMethod.none

@@ -8,6 +8,7 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -40,23 +41,36 @@ def corpus() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    text = folder / "text.txt"
-    text.write_text("\n".join(corpus()))
+# LLaMA 2's: newlines and repeated spaces stay, digits are tokens.
+LLAMA_TOKENIZER = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+}
+
+
+def train_tokenizer(folder: Path, lines: list[str], vocab_size: int, **settings: Any) -> Path:
+    """A sentencepiece model with byte pairs and LLaMA's special tokens."""
+    (folder / "text.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
+        input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
         bos_id=1,
         eos_id=2,
         unk_id=0,
         minloglevel=2,
+        **settings,
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), corpus(), VOCAB)
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from accessory.bases import Folder
-from accessory.config import QuantizationConfig, QuantMethod
+from accessory.config import CALIBRATED, QuantizationConfig, QuantMethod
 from accessory.errors import UserError, first_line
 from accessory.quantization.int4 import Int4
 from accessory.shards import OUTPUT, is_image_part
 from accessory.weights import layered
 
 log = logging.getLogger(__name__)
-CALIBRATED = (QuantMethod.autoround, QuantMethod.awq, QuantMethod.gptq)
 
 
 def trained_on(folder: Folder) -> Optional[QuantizationConfig]:

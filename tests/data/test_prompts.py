@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import sentencepiece
-from conftest import corpus
+from conftest import LLAMA_TOKENIZER, corpus, train_tokenizer
 
 from accessory.config import PromptType
 from accessory.data.prompts import (
@@ -44,24 +43,7 @@ SYSTEM = (
 @pytest.fixture(scope="module")
 def llama_tokenizer(tmp_path_factory) -> Tokenizer:
     """A sentencepiece model with LLaMA 2's settings: newlines and repeated spaces stay, a space is put in front."""
-    folder = tmp_path_factory.mktemp("llama")
-    (folder / "text.txt").write_text("\n".join(corpus()))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=384,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        minloglevel=2,
-    )
-    return Tokenizer(folder / "tokenizer.model")
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("llama"), corpus(), 384, **LLAMA_TOKENIZER))
 
 
 def pieces(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import sentencepiece
-from conftest import corpus
+from conftest import LLAMA_TOKENIZER, corpus, train_tokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -17,32 +16,16 @@ from accessory.models.tokenizer_export import PROBES, save_for_transformers
 @pytest.fixture(scope="module")
 def llama_like(tmp_path_factory) -> Tokenizer:
     """With LLaMA 2's settings, and its scores of runs of spaces, which are merged last though their numbers are low."""
-    folder = tmp_path_factory.mktemp("llama")
-    indented = "\n".join(" " * (i % 9) + "wrap  it   now" for i in range(200))
-    (folder / "text.txt").write_text("\n".join([*corpus(), indented]))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        bos_id=1,
-        eos_id=2,
-        unk_id=0,
-        minloglevel=2,
-    )
+    indented = [" " * (i % 9) + "wrap  it   now" for i in range(200)]
+    file = train_tokenizer(tmp_path_factory.mktemp("llama"), [*corpus(), *indented], 420, **LLAMA_TOKENIZER)
     proto = import_protobuf().ModelProto()
-    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    proto.ParseFromString(file.read_bytes())
     spaces = [piece for piece in proto.pieces if set(piece.piece) == {"\u2581"}]
     assert len(spaces) > 1
     for piece in spaces:
         piece.score = -1e9
-    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-    return Tokenizer(folder / "tokenizer.model")
+    file.write_bytes(proto.SerializeToString())
+    return Tokenizer(file)
 
 
 def test_transformers_reads_the_ids_and_the_text_of_the_original(llama_like, tmp_path):
