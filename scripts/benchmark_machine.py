@@ -35,13 +35,19 @@ def describe(cases: list[Case], commit: str | None) -> dict[str, Any]:
     found = _output([sys.executable, __file__, json.dumps(products)])
     measured = json.loads(found.splitlines()[-1]) if found else {"error": "the ceilings could not be measured"}
     return {
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or None,
+        "driver": driver(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit or _commit(),
         **measured,
     }
+
+
+def driver() -> str | None:
+    """NVIDIA's driver, which nvidia-smi names once for each of the host's GPUs."""
+    named = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return named.partition("\n")[0] or None
 
 
 def _version(package: str) -> str | None:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import benchmark
 import benchmark_driver as driver
 import benchmark_lengths as lengths
+import benchmark_machine as machine
 import benchmark_profile as profiling
 import benchmark_report as report
 from benchmark_cases import SHAPES, can_do, complete, flops_per_token, grouped, issue_preset, linear_shapes
@@ -218,6 +219,14 @@ def test_the_command_runs_anywhere_and_writes_what_the_report_reads(tmp_path):
     assert run.stdout.splitlines()[-1].startswith("ours")
     subprocess.run([*command, "--report", str(document), str(output)], check=True, env=environment)
     assert "| TINY NF4 `norm_bias`, 1 x 16 | ours |" in document.read_text()
+
+
+def test_a_host_of_several_gpus_has_one_driver(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '580.1\\n580.1\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.driver() == "580.1"
 
 
 def test_the_command_that_is_reported_names_no_folder():
