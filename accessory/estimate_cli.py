@@ -106,7 +106,7 @@ def _estimate(node: DictConfig) -> None:
 
 def estimate_main() -> None:
     """accessory-estimate, scripts/estimate.py."""
-    launch("estimate", ESTIMATE_FLAGS, EstimateConfig, lambda node: run_command(lambda: _estimate(node)))
+    launch("estimate", ESTIMATE_FLAGS, EstimateConfig, lambda node: run_command(lambda: _estimate(node), goes_on=False))
 
 
 ConfigStore.instance().store("estimate_schema", node=EstimateConfig)

@@ -40,7 +40,7 @@ from accessory.export import export_hf
 from accessory.fast import Fast
 from accessory.files import check_writable, disk_error, link, remove_partial, sole_user
 from accessory.interruption import Interruption
-from accessory.loggers import make_loggers
+from accessory.loggers import make_loggers, require_logger
 from accessory.models import read_json
 from accessory.models.llama import Llama
 from accessory.models.qformer import image_input
@@ -89,6 +89,7 @@ def _finetune(config: Config, repeated: bool, held: contextlib.ExitStack) -> Pat
     _quiet()
     world = find_world()
     refuse_sharded_export(config, world)
+    require_logger(config.logger)
     output_dir = Path(config.output_dir).expanduser()
     if not repeated:
         refuse_finished(output_dir)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from pytorch_lightning.loggers import CSVLogger, Logger
 
 from accessory.config import LoggerConfig, LoggerName
 from accessory.errors import UserError
+
+
+def require_logger(config: LoggerConfig) -> None:
+    """Before work: the package of the logger that was asked for."""
+    packages = ("tensorboard", "tensorboardX")  # Lightning takes either
+    if config.name is LoggerName.tensorboard and not any(map(find_spec, packages)):
+        raise UserError("logger=tensorboard: needs tensorboard: pip install 'accessory[tensorboard]'")
 
 
 def make_loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
@@ -17,10 +25,7 @@ def make_loggers(config: LoggerConfig, output_dir: Path) -> list[Logger]:
     elif config.name is LoggerName.tensorboard:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        try:
-            loggers.append(TensorBoardLogger(output_dir, name="tensorboard"))
-        except ModuleNotFoundError:
-            raise UserError("logger=tensorboard: needs tensorboard: pip install 'accessory[tensorboard]'") from None
+        loggers.append(TensorBoardLogger(output_dir, name="tensorboard"))
     return loggers
 
 

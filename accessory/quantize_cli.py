@@ -110,7 +110,7 @@ def _quantize(config: QuantizeConfig, repeated: bool = False) -> None:
 
     paths = config.model.pretrained_path
     if paths and is_llava_type(Path(paths[0]).expanduser()):
-        quantize_llava(config)
+        run_command(lambda: quantize_llava(config), goes_on=False)
     else:
         quantize_base(config, repeated)
 

@@ -298,7 +298,7 @@ def _job(node: DictConfig, schema: type, job: Any) -> None:
         require_folders(config.model.pretrained_path)
         job(config)
 
-    run_command(run)
+    run_command(run, goes_on=False)
 
 
 ConfigStore.instance().store("evaluate_schema", node=EvaluateConfig)

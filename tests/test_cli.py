@@ -38,7 +38,7 @@ from accessory.folders import require_folders
 from accessory.quantize_options import QuantizeConfig
 from accessory.schema import to_typed
 from accessory.shipped import CONFIG_DIR, group_options, groups_of
-from accessory.tools import EvaluateConfig, ExportConfig
+from accessory.tools import EvaluateConfig, ExportConfig, evaluate_main
 
 SCRIPT = Path(accessory.__file__).resolve().parents[1] / "main_finetune.py"
 REQUIRED = ["--pretrained_path", "base", "--data_config", "data.yaml"]
@@ -628,6 +628,24 @@ def test_training_command_is_a_command_of_the_estimator(monkeypatch, capsys):
     estimate_main()
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["fast"]["enabled"], shown["train"]["checkpointing"], shown["output_dir"]) == (False, True, "out")
+
+
+@pytest.mark.parametrize(
+    ("main", "job", "words"),
+    [
+        (evaluate_main, "accessory.tools.evaluate", ["--pretrained_path", ".", "--text", "t.txt"]),
+        (estimate_main, "accessory.estimate_cli._estimate", ["--model", "7b"]),
+    ],
+)
+def test_what_begins_anew_when_it_is_stopped_does_not_promise_to_go_on(main, job, words, monkeypatch, capsys):
+    def interrupt(_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, interrupt)
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert (stop.value.code, capsys.readouterr().err) == (130, "stopped\n")
 
 
 def test_unknown_flag_is_refused_before_hydra_sees_it():

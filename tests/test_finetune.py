@@ -796,6 +796,13 @@ def test_output_dir_that_cannot_be_written_is_refused(tmp_path, meta_folder, dat
         finetune(tiny_config(meta_folder, data, tmp_path / "file" / "out", **{"data.cache_dir": str(tmp_path)}))
 
 
+def test_a_logger_without_its_package_is_told_before_anything_is_read(tmp_path, data, monkeypatch):
+    for name in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(UserError, match="logger=tensorboard: needs tensorboard: pip install"):
+        finetune(tiny_config(tmp_path / "nowhere", data, tmp_path / "out", **{"logger.name": "tensorboard"}))
+
+
 def test_wrong_base_is_refused_before_anything_is_read(tmp_path, data, monkeypatch):
     monkeypatch.setattr(finetune_module, "assemble", None)
     with pytest.raises(UserError, match=r"--pretrained_path .*nowhere: no such folder"):
