@@ -6,7 +6,9 @@ sys.argv). argparse in front of Hydra would swallow overrides after a list flag 
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,6 +74,8 @@ _INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "search
 # Launchers of the ancestor's time passed these; torchrun says the same in the environment.
 _IGNORED_VALUES = ("--local_rank", "--local-rank", "--world_size", "--dist_url")
 _IGNORED_SWITCHES = ("--dist_on_itp",)
+# Its first versions had these two.
+_LOG_DIR, _DEVICE = "--log_dir", "--device"
 
 
 def quote(value: str) -> str:
@@ -94,6 +98,10 @@ def rewrite(argv: list[str], flags: Iterable[Flag]) -> list[str]:
             out.append(_override(table[spelled], given, words))
         elif name in _IGNORED_VALUES:
             _one_value(name, given, words)
+        elif name == _LOG_DIR:
+            _tell_log_dir(_one_value(name, given, words))
+        elif name == _DEVICE:
+            _check_device(_one_value(name, given, words))
         elif name in _HYDRA_VALUES:
             head.append(f"{name}={_one_value(name, given, words)}")
         elif name in _HYDRA_INFO:
@@ -114,6 +122,7 @@ def _override(flag: Flag, given: list[str], words: deque[str]) -> str:
     if flag.kind == "value":
         return f"{flag.key}={quote(_one_value(f'--{flag.name}', given, words))}"
     if flag.kind != "list":
+        given = given or [word for word in [*words][:1] if word.lower() in ("true", "false")]
         if given:
             raise UserError(f"--{flag.name} is a switch and takes no value (found {given[0]!r})")
         return f"{flag.key}={flag.kind}"
@@ -121,6 +130,19 @@ def _override(flag: Flag, given: list[str], words: deque[str]) -> str:
     while not given and words and not _ends_list(words[0]):
         values.append(words.popleft())
     return f"{flag.key}=[{','.join(map(quote, values))}]"
+
+
+def _tell_log_dir(folder: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{_LOG_DIR} {folder}: is not used; a run's figures lie in logs/ of --output_dir", file=sys.stderr)
+
+
+def _check_device(device: str) -> None:
+    if device.partition(":")[0] != "cuda":
+        raise UserError(
+            f"{_DEVICE} {device}: a run takes the GPU where there is one, and the CPU otherwise; leave it out, and "
+            "hide a GPU with CUDA_VISIBLE_DEVICES="
+        )
 
 
 def _one_value(name: str, given: list[str], words: deque[str]) -> str:

@@ -139,6 +139,13 @@ def test_list_flag_ends_at_the_next_flag_or_override(words):
     assert config.optim.lr == 1e-3
 
 
+def test_flags_of_the_ancestors_first_versions_are_taken(capsys):
+    config = composed("--log_dir", "output/mine", "--device", "cuda", "--lr", "1e-3")
+    assert config.optim.lr == 1e-3
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == "--log_dir output/mine: is not used; a run's figures lie in logs/ of --output_dir"
+
+
 AWKWARD = [
     "my models/7B base",
     "runs/lr=0.1,rank=16",
@@ -286,6 +293,8 @@ def refusal(monkeypatch, capsys):
         ("--batch_size", ["--batch_size needs a value"]),
         ("--batch_size --lr 1", ["--batch_size needs a value"]),
         ("--dialog=yes", ["--dialog is a switch", "'yes'"]),
+        ("--quant True", ["--quant is a switch and takes no value", "'True'"]),
+        ("--device cpu", ["--device cpu", "CUDA_VISIBLE_DEVICES="]),
         ("--quant", ["--quant", "--only_save_trainable"]),
         ("--model_parallel_size 2", ["--model_parallel_size 2", "use 1", "--data_parallel fsdp"]),
         ("--output_dir x/${y}", ["output_dir", "'y' not found"]),
