@@ -19,7 +19,7 @@ install: .venv/installed  ## make .venv with everything pinned in constraints.tx
 quickstart: install  ## fine-tune a real 135M model on this machine and show what changed (5 to 21 minutes on 2 cores)
 	$(BIN)/python scripts/quickstart.py
 
-quickstart-mm: install  ## teach it to read handwritten digits: alignment, then QPEFT on pictures (about 10 minutes)
+quickstart-mm: install  ## teach it to read handwritten digits: alignment, then QPEFT on pictures (10 to 70 minutes on 2 cores)
 	$(BIN)/python scripts/quickstart_mm.py
 
 test: install  ## run the whole test suite on the CPU, and the GPU tests where there is one
