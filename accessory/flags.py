@@ -122,7 +122,8 @@ def _override(flag: Flag, given: list[str], words: deque[str]) -> str:
     if flag.kind == "value":
         return f"{flag.key}={quote(_one_value(f'--{flag.name}', given, words))}"
     if flag.kind != "list":
-        given = given or [word for word in [*words][:1] if word.lower() in ("true", "false")]
+        if not given and words and words[0].lower() in ("true", "false"):
+            given = [words[0]]
         if given:
             raise UserError(f"--{flag.name} is a switch and takes no value (found {given[0]!r})")
         return f"{flag.key}={flag.kind}"
@@ -134,7 +135,7 @@ def _override(flag: Flag, given: list[str], words: deque[str]) -> str:
 
 def _tell_log_dir(folder: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{_LOG_DIR} {folder}: is not used; a run's figures lie in logs/ of --output_dir", file=sys.stderr)
+        print(f"{_LOG_DIR} {folder}: is not used; a run's figures lie in logs/ of its --output_dir", file=sys.stderr)
 
 
 def _check_device(device: str) -> None:

@@ -143,7 +143,7 @@ def test_flags_of_the_ancestors_first_versions_are_taken(capsys):
     config = composed("--log_dir", "output/mine", "--device", "cuda", "--lr", "1e-3")
     assert config.optim.lr == 1e-3
     (told,) = capsys.readouterr().err.splitlines()
-    assert told == "--log_dir output/mine: is not used; a run's figures lie in logs/ of --output_dir"
+    assert told == "--log_dir output/mine: is not used; a run's figures lie in logs/ of its --output_dir"
 
 
 AWKWARD = [
